@@ -1,0 +1,207 @@
+"""Files that are either wholly there or not there, through kills, full disks and power cuts.
+
+Here: locks, staging a file beside its target, the rename that publishes it, content hashes. Not here:
+what is in the files or which one goes where (`snapshots`, `publishing`). No library does all of this:
+atomicwrites is unmaintained, boltons skips the directory fsync, shutil truncates in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from muse_assets.failures import Conflict, PassingFailure, PermanentFailure
+
+_BLOCK = 1 << 20
+_TEMP_SUFFIX = ".part"
+
+Write = Callable[[bytes], None]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A complete, fsynced and re-read temp file beside `target`. sha256 in hex, size in bytes."""
+
+    path: Path
+    target: Path
+    sha256: str
+    size: int
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex. FAISS files carry no checksum of their own."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(lock_file: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold an exclusive flock on `lock_file`, which is created once and never unlinked.
+
+    flock and not lockf: a POSIX lock is lost as soon as any descriptor of the file closes.
+    Raises Conflict when another process still holds it after `wait_seconds`.
+    """
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise Conflict(
+                        f"Another process is at work on this index (lock {lock_file}).",
+                        next_step="let it finish; this run changed nothing and can be launched again.",
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable; without it a power cut lost 120 of 120 renames."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(target: Path) -> list[Path]:
+    """Remove the temp files that killed writers of `target` left; call it under the target's lock."""
+    left = sorted(target.parent.glob(f".{target.name}.*{_TEMP_SUFFIX}"))
+    for path in left:
+        path.unlink(missing_ok=True)
+    return left
+
+
+def stage(target: Path, produce: Callable[[Write], None], *, expected_size: int | None = None) -> Staged:
+    """Write what `produce` writes into a temp file beside `target`; hash, fsync and re-read it.
+
+    The temp's name starts with a dot and does not end in `.index`, so no reader takes it for a file.
+    A failed fsync is never retried: the kernel may have dropped the pages. Raises PassingFailure or
+    PermanentFailure with the path, and leaves no temp file.
+    """
+    temp = target.parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}{_TEMP_SUFFIX}"
+    with _explained(temp):
+        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with _explained(temp):
+            digest, size = hashlib.sha256(), 0
+            with os.fdopen(descriptor, "wb", buffering=_BLOCK) as file:
+                if expected_size:
+                    # A disk that is too small says so before the first byte is written.
+                    os.posix_fallocate(file.fileno(), 0, expected_size)
+
+                def write(block: bytes) -> None:
+                    nonlocal size
+                    file.write(block)
+                    digest.update(block)
+                    size += len(block)
+
+                produce(write)
+                file.flush()
+                file.truncate(size)
+                # The server runs as another user, whatever this process's umask.
+                os.fchmod(file.fileno(), 0o644)
+                os.fsync(file.fileno())
+            if file_sha256(temp) != digest.hexdigest():
+                raise PassingFailure(
+                    f"{temp.name} reads back differently from what was written to {target.parent}.",
+                    next_step="check that disk (dmesg, smartctl) and launch the run again.",
+                )
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    return Staged(temp, target, digest.hexdigest(), size)
+
+
+def copy_into(source: Path) -> Callable[[Write], None]:
+    """A producer for `stage` that copies `source` block by block."""
+
+    def produce(write: Write) -> None:
+        with source.open("rb") as file:
+            while block := file.read(_BLOCK):
+                write(block)
+
+    return produce
+
+
+def commit(staged: Staged) -> None:
+    """Rename the staged file over its target and make that durable, then read it back.
+
+    Raises PassingFailure when the outcome cannot be confirmed: after the rename an error means
+    *unknown*, so nothing is deleted and the next run reads back and decides.
+    """
+    with _explained(staged.target):
+        staged.path.replace(staged.target)
+    try:
+        fsync_directory(staged.target.parent)
+        confirmed = file_sha256(staged.target) == staged.sha256
+    except OSError:
+        confirmed = False
+    if not confirmed:
+        raise PassingFailure(
+            f"{staged.target} was renamed into place but could not be confirmed on disk.",
+            next_step="check that disk and launch the run again; it reads the file back and decides.",
+        )
+
+
+def discard(staged: Staged) -> None:
+    """Drop a staged file that is not to be published."""
+    staged.path.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Replace a small text file (UTF-8) atomically and durably."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = text.encode("utf-8")
+    commit(stage(target, lambda write: write(content)))
+
+
+def link(source: Path, target: Path) -> None:
+    """Give `source`'s inode the further name `target`, replacing it atomically, and make it durable.
+
+    For files that are replaced by rename only and never written in place.
+    """
+    temp = target.parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}{_TEMP_SUFFIX}"
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temp.hardlink_to(source)
+        temp.replace(target)
+        temp.unlink(missing_ok=True)  # renaming onto the same inode leaves both names
+        fsync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn an OSError into a failure that names the path and the remedy."""
+    remedies = {
+        errno.ENOSPC: ("the disk is full", "free space there"),
+        errno.EDQUOT: ("the disk quota is used up", "free space there"),
+        errno.EFBIG: ("the file would be larger than this process may write", "raise its file size limit"),
+        errno.EROFS: ("the file system is read-only", "remount it writable"),
+        errno.EACCES: ("permission denied", "give this user write access to the directory"),
+        errno.EPERM: ("permission denied", "give this user write access to the directory"),
+        errno.ENOENT: ("the directory does not exist", "create it or correct the setting"),
+        errno.ENOTDIR: ("a part of the path is not a directory", "correct the setting"),
+    }
+    try:
+        yield
+    except OSError as error:
+        reason, remedy = remedies.get(error.errno or 0, (str(error.strerror or error), "check that disk"))
+        kind = PassingFailure if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT) else PermanentFailure
+        raise kind(
+            f"Cannot write {path}: {reason}. Nothing was replaced.",
+            next_step=f"{remedy}, then launch the run again.",
+        ) from error

@@ -1,0 +1,94 @@
+"""The facts of one index file, kept beside it under the file's own content hash.
+
+Here: the manifest's fields and where it lies. `<directory>/.manifests/<index>/<sha256>.json` is written
+and fsynced before the file is renamed into place, so a file and its facts cannot tear: a file whose hash
+has no manifest was damaged, edited or never ours. Not here: what the facts are for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from muse_assets import durable_files
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One validated index file.
+
+    rows: vectors in the inverted lists. ntotal_field: what the file's own `ntotal` says, largest id + 1.
+    partition: newest day (Seoul, ISO) this content stands for. cluster: fingerprint of the coarse
+    centroids and the codebook. recall_curve: nprobe -> recall@10. rejected: reason -> rows.
+    """
+
+    index: str
+    partition: str
+    sha256: str
+    size: int
+    built_at: str
+    rows: int
+    ntotal_field: int
+    index_class: str
+    dimension: int
+    metric: str
+    nlist: int
+    m: int
+    nbits: int
+    nprobe: int
+    id_offset: int
+    cluster: str
+    encoder: str
+    source: str
+    newest_idx: int
+    mode: str
+    parent: str | None
+    added: int
+    removed: int
+    reembedded: int
+    rejected: dict[str, int] = field(default_factory=dict)
+    recall_at_10: float = 0.0
+    recall_curve: dict[str, float] = field(default_factory=dict)
+    imbalance: float = 1.0
+
+    @property
+    def day(self) -> date:
+        """`partition` as a date."""
+        return date.fromisoformat(self.partition)
+
+
+def manifest_path(directory: Path, index: str, sha256: str) -> Path:
+    """Where the facts of the file with that content hash lie."""
+    return directory / ".manifests" / index / f"{sha256}.json"
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Path:
+    """Write the manifest durably; call it before the file itself is renamed into place."""
+    path = manifest_path(directory, manifest.index, manifest.sha256)
+    durable_files.write_text(
+        path, json.dumps(asdict(manifest), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    )
+    return path
+
+
+def read_manifest(directory: Path, index: str, sha256: str) -> Manifest | None:
+    """The facts of the file with that content hash, or None if there are none or they are unreadable."""
+    try:
+        content: dict[str, Any] = json.loads(manifest_path(directory, index, sha256).read_text("utf-8"))
+        known = {f.name for f in fields(Manifest)}
+        manifest = Manifest(**{key: value for key, value in content.items() if key in known})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return manifest if (manifest.index, manifest.sha256) == (index, sha256) else None
+
+
+def identify(directory: Path, index: str, path: Path) -> Manifest | None:
+    """The facts of the file at `path` by hashing its bytes; None if it is missing or not validated."""
+    try:
+        sha256 = durable_files.file_sha256(path)
+    except OSError:
+        return None
+    return read_manifest(directory, index, sha256)

@@ -1,0 +1,69 @@
+"""What an installation sets by environment variable, with the embedded default for each.
+
+Here: names, defaults and validation. Not here: connecting (`resources/`). Secrets (database and Redis
+passwords) exist only in these variables; `repr` hides them.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from muse_assets.catalog import Catalog, load_catalog
+
+
+class Settings(BaseSettings):
+    """Every setting, read from `MUSE_<NAME>`; unset means the embedded default under `home`."""
+
+    model_config = SettingsConfigDict(env_prefix="MUSE_", frozen=True, env_ignore_empty=True)
+
+    home: Path = Field(Path(".muse"), description="Folder of everything that is not set otherwise")
+    embedding_db_url: SecretStr | None = Field(None, description="SQLAlchemy URL of the embedding tables")
+    playlist_db_url: SecretStr | None = Field(None, description="SQLAlchemy URL of the program tables")
+    redis_url: SecretStr | None = Field(None, description="redis://, rediss:// or unix:// URL")
+    work_dir: Path | None = Field(None, description="Clusters and dated snapshots")
+    server_dir: Path | None = Field(None, description="Where the search server reads its live files")
+    playlist_layout: Literal["song_tables", "song_pool"] = Field(
+        "song_tables", description="One table per program, or one pool table with a program column"
+    )
+    reload: str | None = Field(
+        None, description="Command, or http(s) URL to POST to, after the day's deploys"
+    )
+    reload_health: str | None = Field(None, description="Command or http(s) URL that must succeed afterwards")
+    automation: Literal["running", "stopped"] = Field(
+        "stopped", description="Initial state of the schedule and the deploy sensor"
+    )
+    catalog: Path | None = Field(None, description="TOML file with an installation's catalog overrides")
+
+    @cached_property
+    def root(self) -> Path:
+        """`home` as an absolute path."""
+        return self.home.expanduser().resolve()
+
+    def embedding_url(self) -> str:
+        """SQLAlchemy URL of the embedding database. May hold a password: never log it."""
+        return _secret_or(self.embedding_db_url, f"sqlite:///{self.root / 'embeddings.sqlite'}")
+
+    def playlist_url(self) -> str:
+        """SQLAlchemy URL of the playlist database. May hold a password: never log it."""
+        return _secret_or(self.playlist_db_url, f"sqlite:///{self.root / 'playlists.sqlite'}")
+
+    def work_directory(self) -> Path:
+        """Folder of clusters and snapshots."""
+        return (self.work_dir or self.root / "work").expanduser().resolve()
+
+    def server_directory(self) -> Path:
+        """Folder the search server loads from."""
+        return (self.server_dir or self.root / "server").expanduser().resolve()
+
+    def load_catalog(self) -> Catalog:
+        """The catalog with this installation's overrides."""
+        return load_catalog(self.catalog)
+
+
+def _secret_or(secret: SecretStr | None, default: str) -> str:
+    return secret.get_secret_value() if secret is not None else default

