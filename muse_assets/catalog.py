@@ -281,9 +281,11 @@ def load_catalog(overrides: Path | None = None) -> Catalog:
                 f"Catalog file {overrides}, [index.{name}]: unknown fields {sorted(unknown)}.",
                 next_step=f"use fields of {sorted(known)}.",
             )
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
-            changed[name] = replace(spec, **values)
+            changed[name] = replace(
+                spec,
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()},
+            )
         except TypeError as error:
             raise PermanentFailure(
                 f"Catalog file {overrides}, [index.{name}]: {error}.",

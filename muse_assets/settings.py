@@ -30,10 +30,8 @@ class Settings(BaseSettings):
     playlist_layout: Literal["song_tables", "song_pool"] = Field(
         "song_tables", description="One table per program, or one pool table with a program column"
     )
-    reload: str | None = Field(
-        None, description="Command, or http(s) URL to POST to, after the day's deploys"
-    )
-    reload_health: str | None = Field(None, description="Command or http(s) URL that must succeed afterwards")
+    reload: str | None = Field(None, description="Command or http(s) URL (POST) after the day's deploys")
+    reload_health: str | None = Field(None, description="Command or http(s) URL (GET) that must then succeed")
     automation: Literal["running", "stopped"] = Field(
         "stopped", description="Initial state of the schedule and the deploy sensor"
     )

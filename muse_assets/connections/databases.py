@@ -1,0 +1,126 @@
+"""SQL databases: engines for MySQL, MariaDB, SQLite or any other SQLAlchemy URL, and their failures.
+
+Here: connecting with bounded time-outs, the functions SQLite lacks, and the boundary where driver errors
+become failures without secrets. Not here: any query (`embeddings/`, `playlists/`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from muse_assets.failures import PassingFailure, PermanentFailure
+
+# MySQL error numbers that the same statement will meet again.
+_PERMANENT_MYSQL_ERRORS = {
+    1044: "grant this user SELECT on the schema",
+    1045: "correct the user or password in the URL variable",
+    1049: "correct the schema name in the URL variable",
+    1054: "correct the column name in the catalog",
+    1142: "grant this user SELECT on the table",
+    1143: "grant this user SELECT on the column",
+    1146: "create the table, or correct its name in the catalog",
+}
+
+
+@lru_cache(maxsize=8)
+def engine_for(url: str) -> Engine:
+    """An engine for a SQLAlchemy URL; no connection is kept between uses.
+
+    MySQL and MariaDB: utf8mb4, Seoul session time (TIMESTAMP columns compare as the catalog's days do),
+    `net_write_timeout` of 600 s so that a slow consumer is not cut off, a read time-out of 120 s so that
+    a dead server is noticed. With `ssl_ca` the certificate and the host name are verified: PyMySQL alone
+    accepts a wrong CA. Raises PermanentFailure for a URL that SQLAlchemy cannot read.
+    """
+    try:
+        parsed = make_url(url)
+        arguments: dict[str, Any] = {}
+        if parsed.get_backend_name() in ("mysql", "mariadb") and parsed.get_driver_name() == "pymysql":
+            arguments = {
+                "connect_timeout": 10,
+                "read_timeout": 120,
+                "write_timeout": 120,
+                "init_command": "SET SESSION net_write_timeout=600, time_zone='+09:00'",
+            }
+            query = {"charset": "utf8mb4", **parsed.query}
+            if "ssl_ca" in query:
+                query |= {"ssl_verify_cert": "true", "ssl_verify_identity": "true"}
+            parsed = parsed.set(query=query)
+        elif parsed.get_backend_name() == "sqlite":
+            arguments = {"timeout": 60}
+            if parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(parsed, hide_parameters=True, poolclass=NullPool, connect_args=arguments)
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise PermanentFailure(
+            f"The database URL cannot be used ({type(error).__name__}).",
+            next_step="give a SQLAlchemy URL such as mysql+pymysql://user:password@host/muse.",
+        ) from None
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _equip_sqlite)
+    return engine
+
+
+def _equip_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    """Register CRC32 as MySQL has it, so that one digest query serves both."""
+    connection.create_function("CRC32", 1, _crc32, deterministic=True)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _crc32(value: bytes | str | None) -> int | None:
+    if value is None:
+        return None
+    return zlib.crc32(value.encode("utf-8") if isinstance(value, str) else value)
+
+
+def describe_url(engine: Engine) -> str:
+    """The database as it may be printed: without the password."""
+    url = engine.url
+    if url.get_backend_name() == "sqlite":
+        return f"sqlite {url.database}"
+    return f"{url.get_backend_name()} {url.host}:{url.port or 'default port'}/{url.database}"
+
+
+@contextlib.contextmanager
+def explained(engine: Engine, doing: str) -> Iterator[None]:
+    """Turn SQLAlchemy's and the driver's errors into failures that name the database, without secrets.
+
+    `doing` completes "while ...", for example "reading tb_embedding_clap_h for vibe".
+    """
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        number = cause.args[0] if cause.args and isinstance(cause.args[0], int) else None
+        text = " ".join(str(part) for part in cause.args) or type(cause).__name__
+        if engine.url.password:
+            text = text.replace(str(engine.url.password), "***")
+        what = f"{describe_url(engine)}, while {doing}: {text}."
+        if number in _PERMANENT_MYSQL_ERRORS:
+            raise PermanentFailure(what, next_step=f"{_PERMANENT_MYSQL_ERRORS[number]}.") from None
+        if "no such table" in text or "no such column" in text:
+            raise PermanentFailure(
+                what,
+                next_step="create it, or correct the name in the catalog; `muse sample` writes a sample.",
+            ) from None
+        raise PassingFailure(
+            what, next_step="check that the database is up and reachable, then launch the run again."
+        ) from None
+
+
+@contextlib.contextmanager
+def connected(engine: Engine, doing: str) -> Iterator[Connection]:
+    """A connection for reading or writing; its errors are `explained`. Nothing is committed by itself."""
+    with explained(engine, doing), engine.connect() as connection:
+        yield connection
