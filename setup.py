@@ -23,6 +23,7 @@ setup(
         "click>=8.1",
         "rich>=13",
         "pydantic-settings>=2.3",
+        "tenacity>=8.2",
         "tzdata",
     ],
     extras_require={

@@ -57,7 +57,7 @@ class IndexSpec:
     nlist: int | None = None
     m: int = 64
     nbits: int = 8
-    metric: Literal["l2"] = "l2"
+    metric: str = "l2"
     normalize: bool = False
     id_offset: int = -1
     # PQ64 alone caps recall@10 at 0.71 (1024-d) to 0.79 (512-d) on real text vectors, so an absolute
@@ -157,7 +157,8 @@ class Catalog:
 
     def index(self, name: str) -> IndexSpec:
         """The index of that name; PermanentFailure names the known ones."""
-        return _by(self.indexes, "name", name, "index")
+        spec: IndexSpec = _by(self.indexes, "name", name, "index")
+        return spec
 
     def index_of_legacy(self, model: str, legacy_type: str) -> IndexSpec:
         """The index that the legacy verbs call `--model` and `--type`."""
@@ -171,7 +172,8 @@ class Catalog:
 
     def program(self, program_id: str) -> Program:
         """The program of that id; PermanentFailure names the known ones."""
-        return _by(self.programs, "id", program_id, "program")
+        program: Program = _by(self.programs, "id", program_id, "program")
+        return program
 
 
 def _by(items: tuple[Any, ...], field: str, value: str, what: str) -> Any:
@@ -282,10 +284,8 @@ def load_catalog(overrides: Path | None = None) -> Catalog:
                 next_step=f"use fields of {sorted(known)}.",
             )
         try:
-            changed[name] = replace(
-                spec,
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()},
-            )
+            given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            changed[name] = replace(spec, **given)
         except TypeError as error:
             raise PermanentFailure(
                 f"Catalog file {overrides}, [index.{name}]: {error}.",

@@ -23,6 +23,7 @@ class Manifest:
     rows: vectors in the inverted lists. ntotal_field: what the file's own `ntotal` says, largest id + 1.
     partition: newest day (Seoul, ISO) this content stands for. cluster: fingerprint of the coarse
     centroids and the codebook. recall_curve: nprobe -> recall@10. rejected: reason -> rows.
+    list_sizes: codes per inverted list. checks: the gate's outcomes, name -> facts.
     """
 
     index: str
@@ -53,6 +54,8 @@ class Manifest:
     recall_at_10: float = 0.0
     recall_curve: dict[str, float] = field(default_factory=dict)
     imbalance: float = 1.0
+    list_sizes: list[int] = field(default_factory=list)
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def day(self) -> date:

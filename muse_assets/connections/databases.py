@@ -17,7 +17,6 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from muse_assets.failures import PassingFailure, PermanentFailure
 
@@ -35,7 +34,7 @@ _PERMANENT_MYSQL_ERRORS = {
 
 @lru_cache(maxsize=8)
 def engine_for(url: str) -> Engine:
-    """An engine for a SQLAlchemy URL; no connection is kept between uses.
+    """An engine for a SQLAlchemy URL; a connection that broke is replaced at its next use.
 
     MySQL and MariaDB: utf8mb4, Seoul session time (TIMESTAMP columns compare as the catalog's days do),
     `net_write_timeout` of 600 s so that a slow consumer is not cut off, a read time-out of 120 s so that
@@ -60,7 +59,7 @@ def engine_for(url: str) -> Engine:
             arguments = {"timeout": 60}
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, hide_parameters=True, poolclass=NullPool, connect_args=arguments)
+        engine = create_engine(parsed, hide_parameters=True, pool_recycle=300, connect_args=arguments)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise PermanentFailure(
             f"The database URL cannot be used ({type(error).__name__}).",

@@ -1,0 +1,354 @@
+"""One day's snapshot of one index: sync, measure, write, gate, and only then the file's real name.
+
+Here: the order of the steps and the facts they leave. Not here: each step's work (`sync`, `gate`,
+`store`), or Dagster (`assets.index_lane`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Engine
+
+from muse_assets import durable_files
+from muse_assets.catalog import IndexSpec
+from muse_assets.connections.databases import connected
+from muse_assets.durable_files import Staged
+from muse_assets.embeddings.decoding import Reason, decode
+from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets, read_digests
+from muse_assets.embeddings.reading import Bounds, join_pages, rows_by_idx
+from muse_assets.failures import PermanentFailure
+from muse_assets.ivfpq.contents import list_ids, list_sizes, trained_fingerprint
+from muse_assets.ivfpq.encoding import encoder_name
+from muse_assets.ivfpq.files import ntotal_field, read_index, write_index
+from muse_assets.ivfpq.quality import (
+    ProbeCurve,
+    choose_nprobe,
+    imbalance,
+    measure_probes,
+    reencoded_wrongly,
+)
+from muse_assets.manifest import Manifest, write_manifest
+from muse_assets.snapshots import gate
+from muse_assets.snapshots.cluster import Cluster, load_cluster
+from muse_assets.snapshots.gate import Check
+from muse_assets.snapshots.progress import Progress, silent
+from muse_assets.snapshots.store import (
+    RowState,
+    Snapshot,
+    read_state,
+    snapshots,
+    write_state,
+)
+from muse_assets.snapshots.sync import (
+    Synced,
+    TableState,
+    read_table_state,
+    require_plausible,
+    synchronize,
+)
+
+# Rows read again from the table for the gate: 20,000 bound its cost, and hold ten true neighbors of most
+# queries near enough that recall reads at most a few points low.
+_SAMPLED_ROWS = 20_000
+_REENCODED_ROWS = 1_000
+_QUERIES = 200
+_SAMPLE_SEED = 7
+
+
+@dataclass(frozen=True)
+class Built:
+    """A snapshot in place, what the gate said of it, and the plot data of this build."""
+
+    path: Path
+    manifest: Manifest
+    checks: tuple[Check, ...]
+    list_sizes: tuple[int, ...]
+    rejected_examples: dict[str, list[int]]
+    table_rows: int
+    table_columns: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Parent:
+    snapshot: Snapshot
+    state: RowState
+
+
+@dataclass(frozen=True)
+class _RowSample:
+    ids: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+
+def build_snapshot(
+    engine: Engine,
+    spec: IndexSpec,
+    work: Path,
+    day: date,
+    *,
+    cluster_path: Path | None = None,
+    confirm_shrink: bool = False,
+    full: bool = False,
+    on_progress: Progress = silent,
+) -> Built:
+    """Build and validate `muse_<index>_<YYYYMMDD>.index` for a Seoul day in the work directory.
+
+    Builds on the newest verified snapshot of that day or an earlier one with the same trained cluster,
+    encoder and source; else, or with `full`, from the empty cluster. `confirm_shrink` accepts a mass
+    disappearance of rows. Raises GateFailed (with every check) when the result is not good, another
+    MuseError when it could not be made; then the day's previous file, if any, is untouched.
+    """
+    start = time.monotonic()
+    cluster_path = cluster_path or work / spec.cluster_file
+    with durable_files.locked(work / ".locks" / f"{spec.name}.lock"):
+        cluster = load_cluster(cluster_path, spec)
+        target = work / spec.snapshot_file(day)
+        durable_files.sweep(target)
+        on_progress("digesting the table", 0, 0)
+        midnight = datetime.combine(day + timedelta(days=1), datetime.min.time())
+        table = read_table_state(engine, spec, midnight)
+        parent = None if full else _find_parent(work, spec, day, cluster)
+        if parent and not len(changed_buckets(parent.state.digests, table.digests)):
+            return _unchanged(work, spec, day, parent, table, start)
+        previous = next(snapshots(work, spec), None)
+        index = read_index(parent.snapshot.path, precompute=False) if parent else cluster.index
+        synced = synchronize(engine, spec, index, parent.state if parent else None, table, on_progress)
+        previous_rows = previous.manifest.rows if previous and previous.day <= day else 0
+        require_plausible(spec, synced, previous_rows, confirm_shrink=confirm_shrink)
+        return _finish(engine, spec, work, day, index, cluster, parent, table, synced, start, on_progress)
+
+
+def source_of(spec: IndexSpec) -> str:
+    """What the vectors come from and how they are read: another source is never built upon."""
+    return (
+        f"{spec.table}.{spec.embedding_column} {spec.encoding} offset {spec.id_offset} "
+        f"buckets {BUCKET_ROWS}{' normalized' if spec.normalize else ''}"
+    )
+
+
+def _find_parent(work: Path, spec: IndexSpec, day: date, cluster: Cluster) -> _Parent | None:
+    for snapshot in snapshots(work, spec, until=day):
+        found = snapshot.manifest
+        if (found.cluster, found.encoder, found.source) == (
+            cluster.fingerprint,
+            encoder_name(),
+            source_of(spec),
+        ):
+            state = read_state(work, spec.name, found.sha256)
+            if state is not None:
+                return _Parent(snapshot, state)
+    return None
+
+
+def _unchanged(
+    work: Path, spec: IndexSpec, day: date, parent: _Parent, table: TableState, start: float
+) -> Built:
+    """The table equals the parent: the day gets a hard link and keeps the parent's measurements."""
+    before = parent.snapshot.manifest
+    target = work / spec.snapshot_file(day)
+    manifest = replace(
+        before,
+        partition=max(before.partition, day.isoformat()),
+        mode="unchanged",
+        newest_idx=table.newest_idx,
+        parent=before.sha256,
+        added=0,
+        removed=0,
+        reembedded=0,
+    )
+    write_manifest(work, manifest)
+    if parent.snapshot.path != target:
+        durable_files.link(parent.snapshot.path, target)
+    checks = tuple(
+        gate.carried(
+            Check(name, bool(facts["passed"]), str(facts["summary"]), _numbers(facts)), before.partition
+        )
+        for name, facts in before.checks.items()
+    )
+    return Built(
+        path=target,
+        manifest=manifest,
+        checks=checks,
+        list_sizes=tuple(before.list_sizes),
+        rejected_examples=_rejected_examples(parent.state),
+        table_rows=table.digests.total_rows,
+        table_columns=table.columns,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _finish(
+    engine: Engine,
+    spec: IndexSpec,
+    work: Path,
+    day: date,
+    index: Any,
+    cluster: Cluster,
+    parent: _Parent | None,
+    table: TableState,
+    synced: Synced,
+    start: float,
+    on_progress: Progress,
+) -> Built:
+    target = work / spec.snapshot_file(day)
+    on_progress("measuring recall", 0, 0)
+    index.use_precomputed_table = 0
+    index.precompute_table()
+    sample = _sample_rows(engine, spec, synced)
+    curve = measure_probes(index, sample.ids, sample.vectors, _QUERIES)
+    index.nprobe = choose_nprobe(curve, spec.recall_gate, spec.probe_share)
+    balance, sizes = imbalance(index), list_sizes(index)
+    on_progress("writing", 0, 0)
+    staged = durable_files.stage(target, partial(write_index, index))
+    try:
+        on_progress("checking", 0, 0)
+        checks = (
+            gate.check_id_parity(synced.expected_ids, list_ids(index), synced.state.digests.total_rows),
+            gate.check_recall(spec, curve, index.nprobe, len(sample.ids)),
+            _reencode(engine, spec, index, sample, synced),
+            gate.check_balance(spec, balance, sizes),
+            gate.check_norms(np.linalg.norm(sample.vectors, axis=1)),
+            gate.check_integrity(_differences(staged, index, cluster, sample), staged.sha256, staged.size),
+        )
+        gate.require_passed(spec, day.isoformat(), checks)
+        manifest = _manifest(
+            spec, day, index, cluster, parent, table, synced, staged, curve, balance, checks, sizes
+        )
+        write_state(work, spec.name, staged.sha256, synced.state)
+        write_manifest(work, manifest)
+    except BaseException:
+        durable_files.discard(staged)
+        raise
+    durable_files.commit(staged)
+    return Built(
+        path=target,
+        manifest=manifest,
+        checks=checks,
+        list_sizes=tuple(int(size) for size in sizes),
+        rejected_examples=_rejected_examples(synced.state),
+        table_rows=synced.state.digests.total_rows,
+        table_columns=table.columns,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _sample_rows(engine: Engine, spec: IndexSpec, synced: Synced) -> _RowSample:
+    """Random valid rows, read again from the table; rows that have gone meanwhile are left out.
+
+    The choice depends on the ids alone, so the same rows give the same nprobe and the same file.
+    """
+    random = np.random.default_rng(_SAMPLE_SEED)
+    count = min(_SAMPLED_ROWS, len(synced.expected_ids))
+    wanted = np.sort(random.choice(synced.expected_ids, count, replace=False)) - spec.id_offset
+    with connected(engine, f"sampling {spec.table} to check {spec.name}") as connection:
+        page = join_pages(rows_by_idx(connection, spec, wanted))
+    decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
+    good = decoded.reasons == Reason.OK
+    ids, vectors = page.idx[good] + spec.id_offset, decoded.vectors[good]
+    order = random.permutation(len(ids))
+    return _RowSample(ids[order], vectors[order])
+
+
+def _reencode(engine: Engine, spec: IndexSpec, index: Any, sample: _RowSample, synced: Synced) -> Check:
+    ids = sample.ids[:_REENCODED_ROWS]
+    wrong = reencoded_wrongly(index, ids, sample.vectors[:_REENCODED_ROWS])
+    if len(wrong):
+        # A writer may have changed a row after it was indexed: that is the next run's, not a fault.
+        buckets = np.unique((wrong - spec.id_offset) // BUCKET_ROWS)
+        bounds = [Bounds(int(b) * BUCKET_ROWS, int(b + 1) * BUCKET_ROWS - 1) for b in buckets]
+        with connected(engine, f"digesting {spec.table} for {spec.name}") as connection:
+            now = read_digests(connection, spec, bounds)
+        moved = changed_buckets(synced.state.digests.select(buckets), now)
+        wrong = wrong[~np.isin((wrong - spec.id_offset) // BUCKET_ROWS, moved)]
+    return gate.check_reencoding(wrong, len(ids))
+
+
+def _differences(staged: Staged, index: Any, cluster: Cluster, sample: _RowSample) -> tuple[str, ...]:
+    """What the written file, read back, has otherwise than the index in memory."""
+    try:
+        written = read_index(staged.path, precompute=True)
+    except PermanentFailure as error:
+        return (error.what,)
+    problems = []
+    if not np.array_equal(np.sort(list_ids(written)), np.sort(list_ids(index))):
+        problems.append("the written file holds other ids")
+    if trained_fingerprint(written) != cluster.fingerprint:
+        problems.append("the written file has another cluster")
+    queries = sample.vectors[:20]
+    if len(queries) and not all(
+        np.array_equal(a, b)
+        for a, b in zip(written.search(queries, 10), index.search(queries, 10), strict=True)
+    ):
+        problems.append("the written file answers differently")
+    return tuple(problems)
+
+
+def _manifest(
+    spec: IndexSpec,
+    day: date,
+    index: Any,
+    cluster: Cluster,
+    parent: _Parent | None,
+    table: TableState,
+    synced: Synced,
+    staged: Staged,
+    curve: ProbeCurve,
+    balance: float,
+    checks: tuple[Check, ...],
+    sizes: NDArray[np.int64],
+) -> Manifest:
+    return Manifest(
+        index=spec.name,
+        partition=day.isoformat(),
+        sha256=staged.sha256,
+        size=staged.size,
+        built_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        rows=len(synced.expected_ids),
+        ntotal_field=ntotal_field(index),
+        index_class=type(index).__name__,
+        dimension=index.d,
+        metric=spec.metric,
+        nlist=index.nlist,
+        m=index.pq.M,
+        nbits=index.pq.nbits,
+        nprobe=index.nprobe,
+        id_offset=spec.id_offset,
+        cluster=cluster.fingerprint,
+        encoder=encoder_name(),
+        source=source_of(spec),
+        newest_idx=table.newest_idx,
+        mode="incremental" if parent else "full",
+        parent=parent.snapshot.manifest.sha256 if parent else None,
+        added=synced.added,
+        removed=synced.removed,
+        reembedded=synced.reembedded,
+        rejected=synced.state.rejected_counts(),
+        recall_at_10=curve.at(index.nprobe),
+        recall_curve={str(n): round(r, 4) for n, r in zip(curve.nprobe, curve.recall, strict=True)},
+        imbalance=round(balance, 4),
+        list_sizes=[int(size) for size in sizes],
+        checks={
+            check.name: {"passed": check.passed, "summary": check.summary, **check.facts} for check in checks
+        },
+    )
+
+
+def _numbers(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key not in ("passed", "summary")}
+
+
+def _rejected_examples(state: RowState) -> dict[str, list[int]]:
+    """Reason -> up to five idx."""
+    return {
+        reason: [int(i) for i in state.rejected_idx[state.rejected_reason == Reason[reason.upper()]][:5]]
+        for reason in state.rejected_counts()
+    }

@@ -1,0 +1,155 @@
+"""The trained cluster of one index: drawn from its table, written, and read back only when intact.
+
+Here: `muse_<index>_cluster.index` and its facts. Not here: k-means itself (`ivfpq.training`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine
+
+from muse_assets import durable_files
+from muse_assets.catalog import IndexSpec
+from muse_assets.connections.databases import connected
+from muse_assets.embeddings.reading import table_columns
+from muse_assets.embeddings.sampling import sample_vectors
+from muse_assets.failures import PermanentFailure
+from muse_assets.ivfpq.contents import trained_fingerprint
+from muse_assets.ivfpq.files import read_index, write_index
+from muse_assets.ivfpq.training import choose_nlist, train, training_rows
+from muse_assets.snapshots.progress import Progress, silent
+
+SEED = 20241128
+
+
+@dataclass(frozen=True)
+class ClusterManifest:
+    """Facts of one trained cluster file. coarse_error: mean squared distance to the nearest centroid."""
+
+    index: str
+    sha256: str
+    fingerprint: str
+    trained_at: str
+    dimension: int
+    nlist: int
+    m: int
+    nbits: int
+    table_rows: int
+    training_rows: int
+    coarse_error: float
+    objective: tuple[float, ...]
+    rejected: dict[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A trained, empty index in memory, its fingerprint and the file it came from."""
+
+    index: Any
+    fingerprint: str
+    path: Path
+
+
+def train_cluster(
+    engine: Engine, spec: IndexSpec, path: Path, *, seed: int = SEED, on_progress: Progress = silent
+) -> ClusterManifest:
+    """Sample the table, train, and write the cluster file with its facts; the old file stays till then.
+
+    The same table and seed give the same file. Raises PermanentFailure for a missing table or column, an
+    empty table, or vectors that are not what the catalog says.
+    """
+    start = time.monotonic()
+    with connected(engine, f"sampling {spec.table} to train {spec.name}") as connection:
+        table_columns(connection, spec)
+        sample = sample_vectors(
+            connection,
+            spec,
+            lambda rows: training_rows(choose_nlist(rows, spec.nlist)),
+            seed=seed,
+            on_rows=lambda done, wanted: on_progress("sampling", done, wanted),
+        )
+    drawn = len(sample.vectors) + sum(sample.rejected.values())
+    if not len(sample.vectors) or sum(sample.rejected.values()) > spec.max_rejected_share * drawn:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sample.rejected.items()) or "no rows"
+        raise PermanentFailure(
+            f"{spec.name}: cannot train on {spec.table}.{spec.embedding_column}: of {drawn:,} sampled rows "
+            f"{len(sample.vectors):,} hold {spec.dimension} finite floats as {spec.encoding} ({reasons}).",
+            next_step="check `dimension` and `encoding` in the catalog against the table, or mend the rows.",
+        )
+    stages = 0
+
+    def on_stage(text: str) -> None:
+        nonlocal stages
+        stages += 1
+        on_progress(f"training: {text}", stages, 0)
+
+    nlist = min(choose_nlist(sample.table_rows, spec.nlist), spec.nlist or len(sample.vectors))
+    trained = train(sample.vectors, nlist=nlist, m=spec.m, nbits=spec.nbits, seed=seed, on_stage=on_stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with durable_files.locked(_lock_file(path, spec)):
+        durable_files.sweep(path)
+        staged = durable_files.stage(path, partial(write_index, trained.index))
+        manifest = ClusterManifest(
+            index=spec.name,
+            sha256=staged.sha256,
+            fingerprint=trained_fingerprint(trained.index),
+            trained_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            dimension=spec.dimension,
+            nlist=nlist,
+            m=spec.m,
+            nbits=spec.nbits,
+            table_rows=sample.table_rows,
+            training_rows=len(sample.vectors),
+            coarse_error=trained.coarse_error,
+            objective=trained.objective,
+            rejected=sample.rejected,
+            seconds=round(time.monotonic() - start, 2),
+        )
+        facts = _manifest_path(path, spec, staged.sha256)
+        durable_files.write_text(facts, json.dumps(asdict(manifest), indent=1) + "\n")
+        durable_files.commit(staged)
+    return manifest
+
+
+def load_cluster(path: Path, spec: IndexSpec) -> Cluster:
+    """The trained cluster, verified against its facts and the catalog.
+
+    Raises PermanentFailure when there is none, when its bytes changed, or when its shape is not the
+    catalog's.
+    """
+    remedy = f"materialize {spec.name}/cluster (or launch the job `rebuild` for {spec.name})."
+    if not path.exists():
+        raise PermanentFailure(
+            f"{spec.name} has no trained cluster: {path} does not exist.", next_step=remedy
+        )
+    if not _manifest_path(path, spec, durable_files.file_sha256(path)).exists():
+        raise PermanentFailure(
+            f"{spec.name}: {path} is damaged or was not written by this system: its hash has no facts.",
+            next_step=remedy,
+        )
+    index = read_index(path)
+    wanted = (spec.dimension, spec.nlist or index.nlist, spec.m, spec.nbits)
+    found = (index.d, index.nlist, index.pq.M, index.pq.nbits)
+    if wanted != found:
+        raise PermanentFailure(
+            f"{spec.name}: {path} was trained with (dimension, nlist, m, nbits) = {found}, "
+            f"the catalog says {wanted}.",
+            next_step=remedy,
+        )
+    return Cluster(index, trained_fingerprint(index), path)
+
+
+def _manifest_path(path: Path, spec: IndexSpec, sha256: str) -> Path:
+    return path.parent / ".manifests" / spec.name / f"{sha256}.cluster.json"
+
+
+def _lock_file(path: Path, spec: IndexSpec) -> Path:
+    return path.parent / ".locks" / f"{spec.name}.cluster.lock"

@@ -1,0 +1,177 @@
+"""The quality gate: what has to hold before a built index may become a snapshot.
+
+Here: the checks, their limits and their words. Not here: the measurements (`ivfpq.quality`) or what
+Dagster shows of them (`assets.index_lane`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muse_assets.catalog import IndexSpec
+from muse_assets.failures import PermanentFailure
+from muse_assets.ivfpq.quality import ProbeCurve
+
+ID_PARITY = "id_parity"
+RECALL = "recall_at_10"
+REENCODING = "reencoding"
+LIST_BALANCE = "list_balance"
+VECTOR_NORMS = "vector_norms"
+FILE_INTEGRITY = "file_integrity"
+
+DESCRIPTIONS: Mapping[str, str] = {
+    ID_PARITY: "The ids in the inverted lists are exactly the table's valid rows: none missing, none twice.",
+    RECALL: "recall@10 against exact search on sampled rows, at the nprobe stored in the file.",
+    REENCODING: "Sampled rows, read again from the table, encode to the list and code that the index holds.",
+    LIST_BALANCE: "Inverted lists divide the rows: imbalance factor under the catalog's limit.",
+    VECTOR_NORMS: "Sampled vectors are unit length, as the server's distance cut assumes (warns).",
+    FILE_INTEGRITY: "The written file reads back with its digest, its ids and the same answers.",
+}
+WARNING_ONLY = frozenset({VECTOR_NORMS})
+_NORM_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check's outcome; `facts` are numbers and short texts for people."""
+
+    name: str
+    passed: bool
+    summary: str
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
+
+    @property
+    def blocking(self) -> bool:
+        """Whether failing keeps the index from becoming a snapshot."""
+        return self.name not in WARNING_ONLY
+
+
+class GateFailed(PermanentFailure):
+    """A built index failed its gate and was discarded; `checks` holds every outcome."""
+
+    def __init__(self, spec: IndexSpec, partition: str, checks: tuple[Check, ...]) -> None:
+        failed = [check for check in checks if check.blocking and not check.passed]
+        super().__init__(
+            f"{spec.name} {partition}: the built index failed its gate and was discarded: "
+            + " ".join(f"{check.name}: {check.summary}" for check in failed),
+            next_step=f"see the checks of {spec.name}/index; if the table is right, retrain "
+            f"{spec.name}/cluster and materialize the index again.",
+        )
+        self.checks = checks
+
+
+def require_passed(spec: IndexSpec, partition: str, checks: tuple[Check, ...]) -> None:
+    """Raise GateFailed unless every blocking check passed."""
+    if any(check.blocking and not check.passed for check in checks):
+        raise GateFailed(spec, partition, checks)
+
+
+def check_id_parity(expected: NDArray[np.int64], found: NDArray[np.int64], table_rows: int) -> Check:
+    """expected: ids of the valid rows, ascending; found: ids read out of the inverted lists."""
+    found = np.sort(found)
+    duplicates = int((found[1:] == found[:-1]).sum()) if len(found) else 0
+    missing = np.setdiff1d(expected, found)
+    extra = np.setdiff1d(found, expected)
+    passed = not (duplicates or len(missing) or len(extra))
+    examples = ", ".join(str(value) for value in [*missing[:5], *extra[:5]])
+    return Check(
+        ID_PARITY,
+        passed,
+        f"{len(found):,} ids equal the table's valid rows."
+        if passed
+        else f"{len(missing):,} missing, {len(extra):,} extra, {duplicates:,} twice (ids {examples}).",
+        {
+            "table_rows": table_rows,
+            "indexed": len(found),
+            "missing": len(missing),
+            "extra": len(extra),
+            "duplicates": duplicates,
+        },
+    )
+
+
+def check_recall(spec: IndexSpec, curve: ProbeCurve, nprobe: int, sampled: int) -> Check:
+    """Whether recall@10 at the stored nprobe meets the index's gate."""
+    recall = curve.at(nprobe)
+    return Check(
+        RECALL,
+        recall >= spec.recall_gate,
+        f"{recall:.3f} at nprobe {nprobe}, gate {spec.recall_gate:.2f}.",
+        {
+            "recall_at_10": recall,
+            "nprobe": nprobe,
+            "gate": spec.recall_gate,
+            "codes_scanned": curve.codes_scanned[curve.nprobe.index(nprobe)],
+            "sampled_rows": sampled,
+        },
+    )
+
+
+def check_reencoding(wrong: NDArray[np.int64], sampled: int) -> Check:
+    """wrong: sampled ids whose stored list or code is not what their row encodes to."""
+    return Check(
+        REENCODING,
+        not len(wrong),
+        f"{sampled:,} sampled rows encode to what is stored."
+        if not len(wrong)
+        else f"{len(wrong):,} of {sampled:,} sampled rows encode differently (ids {_few(wrong)}).",
+        {"sampled_rows": sampled, "different": len(wrong)},
+    )
+
+
+def check_balance(spec: IndexSpec, imbalance: float, sizes: NDArray[np.int64]) -> Check:
+    """sizes (nlist,): codes in each inverted list."""
+    return Check(
+        LIST_BALANCE,
+        imbalance <= spec.max_imbalance,
+        f"imbalance {imbalance:.2f}, limit {spec.max_imbalance:.1f}.",
+        {
+            "imbalance": imbalance,
+            "limit": spec.max_imbalance,
+            "empty_lists": int((sizes == 0).sum()),
+            "longest_list": int(sizes.max(initial=0)),
+            "mean_list": float(sizes.mean()) if len(sizes) else 0.0,
+        },
+    )
+
+
+def check_norms(norms: NDArray[np.float32]) -> Check:
+    """norms (n,): lengths of sampled vectors as they are indexed."""
+    off = int((np.abs(norms - 1) > _NORM_TOLERANCE).sum())
+    return Check(
+        VECTOR_NORMS,
+        off == 0,
+        "sampled vectors are unit length."
+        if not off
+        else f"{off:,} of {len(norms):,} sampled vectors are not unit length "
+        f"({norms.min():.3f} to {norms.max():.3f}): the server's distance cut of 0.9 assumes they are.",
+        {
+            "sampled_rows": len(norms),
+            "not_unit": off,
+            "smallest": float(norms.min(initial=np.inf)) if len(norms) else 0.0,
+            "largest": float(norms.max(initial=0)),
+        },
+    )
+
+
+def check_integrity(problems: tuple[str, ...], sha256: str, size: int) -> Check:
+    """problems: what differs between the index in memory and the written file read back."""
+    return Check(
+        FILE_INTEGRITY,
+        not problems,
+        f"{size:,} bytes read back intact." if not problems else "; ".join(problems),
+        {"sha256": sha256, "bytes": size},
+    )
+
+
+def carried(check: Check, since: str) -> Check:
+    """A check of an unchanged file, measured when that content was built."""
+    return Check(check.name, check.passed, f"{check.summary} Unchanged since {since}.", check.facts)
+
+
+def _few(ids: NDArray[np.int64]) -> str:
+    return ", ".join(str(value) for value in ids[:5])

@@ -1,0 +1,122 @@
+"""The work directory: which snapshots there are, what rows each one covers, which one to build on.
+
+Here: finding, verifying and pruning dated snapshot files and their row facts. Not here: building one
+(`building`), or the server's directory (`publishing`).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from muse_assets import durable_files
+from muse_assets.catalog import IndexSpec
+from muse_assets.embeddings.decoding import Reason
+from muse_assets.embeddings.digests import Digests, empty_digests
+from muse_assets.manifest import Manifest, identify, manifest_path
+
+_ARRAYS = ("bucket", "rows", "idx_sum", "whole", "half", "rejected_idx", "rejected_reason")
+
+
+@dataclass(frozen=True)
+class RowState:
+    """The table rows a snapshot stands for: bucket digests, and the rows that could not be indexed.
+
+    rejected_idx (r,) int64 ascending; rejected_reason (r,) uint8 of `Reason`.
+    """
+
+    digests: Digests
+    rejected_idx: NDArray[np.int64]
+    rejected_reason: NDArray[np.uint8]
+
+    def rejected_counts(self) -> dict[str, int]:
+        """Reason -> rows."""
+        values, counts = np.unique(self.rejected_reason, return_counts=True)
+        return {Reason(value).name.lower(): int(count) for value, count in zip(values, counts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A verified snapshot file: its bytes had this manifest when it was looked up."""
+
+    path: Path
+    day: date
+    manifest: Manifest
+
+
+def no_rows() -> RowState:
+    """The state before the first build."""
+    return RowState(empty_digests(), np.empty(0, np.int64), np.empty(0, np.uint8))
+
+
+def snapshot_files(work: Path, spec: IndexSpec) -> list[tuple[date, Path]]:
+    """Dated files of the index, newest day first, whatever they hold."""
+    pattern = re.compile(rf"^muse_{re.escape(spec.name)}_(\d{{8}})\.index$")
+    found = []
+    for path in work.glob(f"muse_{spec.name}_*.index"):
+        if match := pattern.match(path.name):
+            try:
+                found.append((datetime.strptime(match[1], "%Y%m%d").date(), path))
+            except ValueError:
+                continue
+    return sorted(found, reverse=True)
+
+
+def snapshots(work: Path, spec: IndexSpec, until: date | None = None) -> Iterator[Snapshot]:
+    """Verified snapshots up to a day, newest first; damaged or unknown files are passed over."""
+    for day, path in snapshot_files(work, spec):
+        if until is None or day <= until:
+            manifest = identify(work, spec.name, path)
+            if manifest is not None:
+                yield Snapshot(path, day, manifest)
+
+
+def state_path(work: Path, index: str, sha256: str) -> Path:
+    """Where the row facts of the file with that content hash lie."""
+    return manifest_path(work, index, sha256).with_suffix(".rows.npz")
+
+
+def write_state(work: Path, index: str, sha256: str, state: RowState) -> None:
+    """Write the row facts durably."""
+    buffer = io.BytesIO()
+    digests = {name: getattr(state.digests, name) for name in _ARRAYS[:5]}
+    np.savez(buffer, rejected_idx=state.rejected_idx, rejected_reason=state.rejected_reason, **digests)
+    path = state_path(work, index, sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable_files.commit(durable_files.stage(path, lambda write: write(buffer.getvalue())))
+
+
+def read_state(work: Path, index: str, sha256: str) -> RowState | None:
+    """The row facts of the file with that content hash, or None if they are missing or unreadable."""
+    try:
+        with np.load(state_path(work, index, sha256), allow_pickle=False) as arrays:
+            columns = {name: arrays[name] for name in _ARRAYS}
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    digests = Digests(*(columns[name] for name in _ARRAYS[:5]))
+    return RowState(digests, columns["rejected_idx"], columns["rejected_reason"])
+
+
+def prune(work: Path, spec: IndexSpec, *, today: date, keep_days: int = 7, keep_files: int = 2) -> list[Path]:
+    """Remove snapshots older than `keep_days` beyond the newest `keep_files`, and facts nobody needs."""
+    removed = []
+    for position, (day, path) in enumerate(snapshot_files(work, spec)):
+        if position >= keep_files and day < today - timedelta(days=keep_days):
+            path.unlink()
+            removed.append(path)
+    needed = {durable_files.file_sha256(path) for _, path in snapshot_files(work, spec)}
+    cluster = work / spec.cluster_file
+    if cluster.exists():
+        needed.add(durable_files.file_sha256(cluster))
+    for facts in (work / ".manifests" / spec.name).glob("*"):
+        if facts.name.split(".")[0] not in needed:
+            facts.unlink()
+            removed.append(facts)
+    return removed

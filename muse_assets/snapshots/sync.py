@@ -1,0 +1,272 @@
+"""Bucket sync: make an index hold exactly the table's rows, touching only the buckets that differ.
+
+Here: comparing digests, pulling changed buckets, taking old rows out and putting new ones in. One
+mechanism for new, late, deleted, re-embedded and swapped rows, and for a full build, where every bucket
+differs. Not here: files, or judging the result (`building`, `gate`).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Engine
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from muse_assets.catalog import IndexSpec
+from muse_assets.connections.databases import connected
+from muse_assets.embeddings.decoding import Reason, decode
+from muse_assets.embeddings.digests import (
+    BUCKET_ROWS,
+    Digests,
+    changed_buckets,
+    digest_rows,
+    read_digests,
+)
+from muse_assets.embeddings.reading import Bounds, Page, read_ranges, table_extent
+from muse_assets.failures import PassingFailure, PermanentFailure
+from muse_assets.ivfpq.contents import list_ids, read_contents, remove_ids, sort_lists
+from muse_assets.ivfpq.encoding import fill
+from muse_assets.snapshots.progress import Progress, silent
+from muse_assets.snapshots.store import RowState, no_rows
+
+_PAGE_ROWS = 4096
+_RANGES_A_PAGE = 100
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TableState:
+    """A table at one moment: digests of every bucket the partition covers, and its newest idx."""
+
+    digests: Digests
+    newest_idx: int
+    columns: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Synced:
+    """The outcome: rows the index now stands for, the valid ids, and what changed."""
+
+    state: RowState
+    expected_ids: NDArray[np.int64]
+    added: int
+    removed: int
+    reembedded: int
+
+
+def read_table_state(engine: Engine, spec: IndexSpec, before: datetime | None) -> TableState:
+    """Digest the table in one short consistent-snapshot transaction, and end it before anything is pulled.
+
+    Held longer, its metadata lock would queue an ALTER and everything behind it.
+    """
+    with connected(engine, f"digesting {spec.table} for {spec.name}") as connection:
+        if connection.dialect.name in ("mysql", "mariadb"):
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        extent = table_extent(connection, spec, before)
+        digests = read_digests(connection, spec, [extent.bounds])
+        connection.rollback()
+    return TableState(digests, extent.newest_idx, extent.columns)
+
+
+def synchronize(
+    engine: Engine,
+    spec: IndexSpec,
+    index: Any,
+    parent: RowState | None,
+    table: TableState,
+    on_progress: Progress = silent,
+) -> Synced:
+    """Change `index`, which holds the rows of `parent`, to hold exactly the rows of `table`.
+
+    A bucket whose pulled bytes do not digest to what the database said moved meanwhile, or arrived
+    short: it is digested and pulled again, and after that again until both agree. Raises PassingFailure
+    when they never do.
+    """
+    before = parent or no_rows()
+    changed = changed_buckets(before.digests, table.digests)
+    held = list_ids(index)
+    held_buckets = (held - spec.id_offset) // BUCKET_ROWS
+    touched = held[np.isin(held_buckets, changed)]
+    kept = np.sort(held[~np.isin(held_buckets, changed)])
+    old = read_contents(index, only=touched)
+    remove_ids(index, touched)
+
+    pulled = _Pulled(engine, spec, table)
+    total = int(table.digests.select(changed).rows.sum())
+    done = 0
+
+    def on_rows(rows: int) -> None:
+        nonlocal done
+        done += rows
+        on_progress("encoding", done, total)
+
+    fill(index, _ahead(pulled.batches(changed)), on_rows)
+    sort_lists(index)
+
+    valid = np.concatenate([np.empty(0, np.int64), *pulled.valid])
+    stays = ~np.isin(before.rejected_idx // BUCKET_ROWS, changed)
+    rejected_idx = np.concatenate([before.rejected_idx[stays], *pulled.rejected_idx])
+    rejected_reason = np.concatenate([before.rejected_reason[stays], *pulled.rejected_reason])
+    order = np.argsort(rejected_idx, kind="stable")
+    state = RowState(pulled.digests, rejected_idx[order], rejected_reason[order])
+    again = np.intersect1d(old.ids, valid)
+    return Synced(
+        state=state,
+        expected_ids=np.sort(np.concatenate([kept, valid])),
+        added=len(valid) - len(again),
+        removed=len(old.ids) - len(again),
+        reembedded=_recoded(index, old, again),
+    )
+
+
+def require_plausible(spec: IndexSpec, synced: Synced, previous_rows: int, *, confirm_shrink: bool) -> None:
+    """Raise PermanentFailure when too many rows are unusable, or vanished since the last snapshot."""
+    rejected = synced.state.rejected_counts()
+    rows = synced.state.digests.total_rows
+    if sum(rejected.values()) > spec.max_rejected_share * rows:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+        examples = ", ".join(str(idx) for idx in synced.state.rejected_idx[:5])
+        raise PermanentFailure(
+            f"{spec.name}: {sum(rejected.values()):,} of {rows:,} rows of {spec.table} cannot be indexed "
+            f"({reasons}; idx {examples}), more than {spec.max_rejected_share:.1%}.",
+            next_step=f"mend those rows, or raise max_rejected_share of {spec.name} in the catalog.",
+        )
+    now = len(synced.expected_ids)
+    if now < previous_rows * (1 - spec.max_shrink_share) and not confirm_shrink:
+        raise PermanentFailure(
+            f"{spec.name}: {spec.table} has {now:,} usable rows, the last snapshot had {previous_rows:,}: "
+            f"more than {spec.max_shrink_share:.0%} vanished.",
+            next_step="if that is right, launch the index again with confirm_shrink: true in its config; "
+            "else restore the table. The live file still serves the old rows.",
+        )
+    if not now:
+        raise PermanentFailure(
+            f"{spec.name}: {spec.table} has no usable rows.", next_step="fill the table, then launch again."
+        )
+
+
+class _Pulled:
+    """Pages of changed buckets, each proved against its digest, with what was learned on the way."""
+
+    def __init__(self, engine: Engine, spec: IndexSpec, table: TableState) -> None:
+        self.engine, self.spec = engine, spec
+        self.newest_idx = table.newest_idx
+        self.digests = table.digests
+        self.valid: list[NDArray[np.int64]] = []
+        self.rejected_idx: list[NDArray[np.int64]] = []
+        self.rejected_reason: list[NDArray[np.uint8]] = []
+
+    def batches(self, changed: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """FAISS ids (n,) int64 and vectors (n, d) float32 of the valid rows in the changed buckets."""
+        for buckets in _page_plan(self.digests.select(changed)):
+            page = self._pull(buckets)
+            decoded = decode(page.payloads, self.spec.dimension, self.spec.encoding, self.spec.normalize)
+            good = decoded.reasons == Reason.OK
+            ids = page.idx[good] + self.spec.id_offset
+            self.valid.append(ids)
+            self.rejected_idx.append(page.idx[~good])
+            self.rejected_reason.append(decoded.reasons[~good])
+            yield ids, decoded.vectors[good]
+
+    def _pull(self, buckets: NDArray[np.int64]) -> Page:
+        # One lost connection, or a bucket that moved: this page again, not the whole build.
+        retrying = Retrying(
+            retry=retry_if_exception_type(PassingFailure),
+            stop=stop_after_attempt(5),
+            wait=wait_exponential(0.2, max=5),
+            reraise=True,
+        )
+        return retrying(self._pull_once, buckets)
+
+    def _pull_once(self, buckets: NDArray[np.int64]) -> Page:
+        doing = f"reading {self.spec.table} for {self.spec.name}"
+        with connected(self.engine, doing) as connection:
+            page = read_ranges(connection, self.spec, self._ranges(buckets))
+            found = digest_rows(page.idx, page.payloads)
+            moved = changed_buckets(self.digests.select(buckets), found)
+            if len(moved):
+                connection.rollback()
+                fresh = read_digests(connection, self.spec, self._ranges(moved))
+                self.digests = self.digests.replaced(moved, fresh)
+                if len(changed_buckets(self.digests.select(buckets), found)):
+                    raise PassingFailure(
+                        f"{self.spec.name}: rows of {self.spec.table} near idx "
+                        f"{int(moved[0]) * BUCKET_ROWS} change faster than they can be read.",
+                        next_step="launch the run again when the writer is quiet.",
+                    )
+        return page
+
+    def _ranges(self, buckets: NDArray[np.int64]) -> list[Bounds]:
+        if not len(buckets):
+            return []
+        breaks = np.flatnonzero(np.diff(buckets) != 1) + 1
+        return [
+            Bounds(int(run[0]) * BUCKET_ROWS, min(int(run[-1] + 1) * BUCKET_ROWS - 1, self.newest_idx))
+            for run in np.split(buckets, breaks)
+        ]
+
+
+def _page_plan(digests: Digests) -> Iterator[NDArray[np.int64]]:
+    """Buckets to pull in one statement: about _PAGE_ROWS rows in at most _RANGES_A_PAGE runs."""
+    start, rows, runs = 0, 0, 0
+    for at in range(len(digests.bucket)):
+        new_run = at == start or digests.bucket[at] != digests.bucket[at - 1] + 1
+        if at > start and (rows + digests.rows[at] > _PAGE_ROWS or (new_run and runs == _RANGES_A_PAGE)):
+            yield digests.bucket[start:at]
+            start, rows, runs, new_run = at, 0, 0, True
+        rows += int(digests.rows[at])
+        runs += new_run
+    if len(digests.bucket):
+        yield digests.bucket[start:]
+
+
+def _recoded(index: Any, old: Any, ids: NDArray[np.int64]) -> int:
+    new = read_contents(index, only=ids)
+    rows = np.searchsorted(old.ids, ids)
+    different = (old.lists[rows] != new.lists) | (old.codes[rows] != new.codes).any(axis=1)
+    return int(different.sum())
+
+
+def _ahead(source: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """Run `source` in a thread of its own, at most `depth` items ahead: reading overlaps encoding."""
+    items: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> None:
+        while not stopped.is_set():
+            try:
+                return items.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def run() -> None:
+        try:
+            for item in source:
+                put((item, None))
+                if stopped.is_set():
+                    return
+            put((None, None))
+        except BaseException as error:
+            put((None, error))
+
+    reader = threading.Thread(target=run, name="read-ahead", daemon=True)
+    reader.start()
+    try:
+        while True:
+            item, error = items.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stopped.set()
+        reader.join()
