@@ -1,0 +1,263 @@
+"""When things run: the jobs, the daily schedule, the deploy sensor.
+
+Here: Dagster's words for it, and the sensor's decisions as pure functions beside it. Not here: what the
+assets do.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+from dagster import DagsterRunStatus
+
+from muse_assets.assets.index_lane import cluster_key, deployed_key, index_key
+from muse_assets.assets.playlist_cache import PLAYLIST_CACHE
+from muse_assets.assets.server_reload import SERVER_RELOAD
+from muse_assets.catalog import Catalog, IndexSpec
+from muse_assets.partitions import SEOUL, program_partitions
+
+DAILY = "daily"
+REBUILD = "rebuild"
+DEPLOY = "deploy"
+PLAYLISTS = "playlists"
+RELOAD = "reload"
+
+# Every run has a process of its own, so one index cannot harm another; a second process a step would
+# only add its start (2 to 8 s).
+_EXECUTOR = dg.in_process_executor
+_IN_PROGRESS = [
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
+_LOOK_BACK = 20
+
+
+def build_jobs(catalog: Catalog) -> list[Any]:
+    """The jobs an operator can launch; each runs with no configuration."""
+    indexes = [index_key(spec) for spec in catalog.indexes]
+    deployed = [deployed_key(spec) for spec in catalog.indexes]
+    clusters = [cluster_key(spec) for spec in catalog.indexes]
+    return [
+        dg.define_asset_job(
+            DAILY,
+            dg.AssetSelection.assets(*indexes),
+            executor_def=_EXECUTOR,
+            description="One day's snapshot of every index, synced and validated; the sensor deploys them. "
+            "Scheduled as one run an index, so that one bad table fails alone.",
+        ),
+        dg.define_asset_job(
+            REBUILD,
+            dg.AssetSelection.assets(*clusters, *indexes, *deployed),
+            executor_def=_EXECUTOR,
+            description="First installation and recovery from nothing: train, build in full, deploy. Choose "
+            "fewer indexes by materializing their three assets.",
+        ),
+        dg.define_asset_job(
+            DEPLOY,
+            dg.AssetSelection.assets(*deployed),
+            executor_def=_EXECUTOR,
+            description="Put the newest validated snapshots live, or roll back by configuration.",
+        ),
+        dg.define_asset_job(
+            PLAYLISTS,
+            dg.AssetSelection.assets(PLAYLIST_CACHE),
+            executor_def=_EXECUTOR,
+            description="Refresh the playlist keys of one program a partition.",
+        ),
+        dg.define_asset_job(
+            RELOAD,
+            dg.AssetSelection.assets(SERVER_RELOAD),
+            executor_def=_EXECUTOR,
+            description="Make the search server load the live files it has not loaded yet.",
+        ),
+    ]
+
+
+def build_schedule(catalog: Catalog, *, running: bool) -> dg.ScheduleDefinition:
+    """16:58 in Seoul, one run an index for that day's partition."""
+
+    @dg.schedule(
+        name="daily_1658",
+        cron_schedule="58 16 * * *",
+        execution_timezone="Asia/Seoul",
+        job_name=DAILY,
+        default_status=dg.DefaultScheduleStatus.RUNNING if running else dg.DefaultScheduleStatus.STOPPED,
+        description="Every day at 16:58 (Seoul): today's partition of all indexes, one run each.",
+    )
+    def daily_1658(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
+        day = context.scheduled_execution_time.astimezone(SEOUL).date().isoformat()
+        for spec in catalog.indexes:
+            yield dg.RunRequest(
+                run_key=f"{DAILY}-{spec.name}-{day}",
+                partition_key=day,
+                asset_selection=[index_key(spec)],
+                tags={"muse/index": spec.name, "muse/day": day},
+            )
+
+    return daily_1658
+
+
+@dataclass(frozen=True)
+class Event:
+    """One materialization: its place in the event log, its day and its content."""
+
+    storage_id: int
+    partition: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """index -> storage id of the newest build dealt with; the newest deploy that was followed up."""
+
+    builds: dict[str, int] = field(default_factory=dict)
+    followed: int = 0
+
+
+def read_cursor(text: str | None) -> Cursor:
+    """The cursor as stored; a lost or unreadable one starts anew, since what is live is looked up."""
+    try:
+        content = json.loads(text or "{}")
+        builds = {str(name): int(storage_id) for name, storage_id in content.get("builds", {}).items()}
+        return Cursor(builds, int(content.get("followed", 0)))
+    except (ValueError, TypeError, AttributeError):
+        return Cursor()
+
+
+def write_cursor(cursor: Cursor) -> str:
+    """The cursor as stored."""
+    return json.dumps({"builds": cursor.builds, "followed": cursor.followed})
+
+
+def build_to_deploy(seen: int, builds: Sequence[Event], deployed: Event | None) -> Event | None:
+    """The build that should go live now, if any: the newest day's newest one, unless it was dealt with.
+
+    A build older than the last deploy counts as dealt with when that deploy was of its day or a later
+    one: it was deployed in the same run, or by hand.
+    """
+    if not builds:
+        return None
+    newest = max(builds, key=lambda event: (event.partition, event.storage_id))
+    if newest.storage_id <= seen:
+        return None
+    if deployed and deployed.partition > newest.partition:
+        return None
+    if deployed and deployed.storage_id > newest.storage_id and deployed.partition >= newest.partition:
+        return None
+    return newest
+
+
+def build_deploy_sensor(
+    catalog: Catalog, jobs: Sequence[Any], *, running: bool, reloads: bool
+) -> dg.SensorDefinition:
+    """One sensor for all indexes: deploys what was built, and after the last deploy reloads and refreshes."""
+
+    @dg.sensor(
+        name="deploy_new_builds",
+        jobs=jobs,
+        minimum_interval_seconds=15,
+        default_status=dg.DefaultSensorStatus.RUNNING if running else dg.DefaultSensorStatus.STOPPED,
+        description="Deploys each newly validated build. Once nothing is being built or deployed any more, "
+        "reloads the search server and refreshes every program's playlist, once.",
+    )
+    def deploy_new_builds(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        instance = context.instance
+        cursor = read_cursor(context.cursor)
+        busy = _runs_in_progress(instance)
+        if busy.get(REBUILD):
+            return dg.SkipReason("waiting: a rebuild is running and deploys by itself")
+        live = {spec.name: _newest(instance, deployed_key(spec)) for spec in catalog.indexes}
+        requests, builds = [], dict(cursor.builds)
+        for spec in catalog.indexes:
+            seen = builds.get(spec.name, 0)
+            found = _events(instance, index_key(spec))
+            wanted = build_to_deploy(seen, found, live[spec.name])
+            if wanted:
+                requests.append(_deploy_request(spec, wanted))
+            builds[spec.name] = max([seen, *(event.storage_id for event in found)])
+        if requests:
+            return dg.SensorResult(
+                run_requests=requests, cursor=write_cursor(Cursor(builds, cursor.followed))
+            )
+        newest_deploy = max((event.storage_id for event in live.values() if event), default=0)
+        if not cursor.followed and newest_deploy < _newest_storage_id(instance, PLAYLIST_CACHE):
+            # A first look at an instance where someone did all of it by hand.
+            cursor = Cursor(builds, newest_deploy)
+        if newest_deploy <= cursor.followed:
+            return dg.SensorResult(
+                skip_reason="nothing new: every validated build is live and was followed up",
+                cursor=write_cursor(Cursor(builds, cursor.followed)),
+            )
+        if waiting := {job: n for job, n in busy.items() if job not in (PLAYLISTS, RELOAD)}:
+            running_now = ", ".join(f"{n} of {job}" for job, n in waiting.items())
+            return dg.SensorResult(
+                skip_reason=f"waiting for the day's last deploy: in progress {running_now}",
+                cursor=write_cursor(Cursor(builds, cursor.followed)),
+            )
+        return dg.SensorResult(
+            run_requests=_after_deploys(catalog, newest_deploy, reloads=reloads),
+            cursor=write_cursor(Cursor(builds, newest_deploy)),
+        )
+
+    return deploy_new_builds
+
+
+def _deploy_request(spec: IndexSpec, build: Event) -> dg.RunRequest:
+    return dg.RunRequest(
+        run_key=f"{DEPLOY}-{spec.name}-{build.storage_id}",
+        job_name=DEPLOY,
+        asset_selection=[deployed_key(spec)],
+        run_config=deploy_config(spec, partition=build.partition),
+        tags={"muse/index": spec.name, "muse/day": build.partition},
+    )
+
+
+def deploy_config(spec: IndexSpec, **options: Any) -> dict[str, Any]:
+    """Run config of the deployed asset."""
+    return {"ops": {deployed_key(spec).to_python_identifier(): {"config": options}}}
+
+
+def _after_deploys(catalog: Catalog, deploy: int, *, reloads: bool) -> list[dg.RunRequest]:
+    reload = [dg.RunRequest(run_key=f"{RELOAD}-{deploy}", job_name=RELOAD)] if reloads else []
+    return reload + [
+        dg.RunRequest(
+            run_key=f"{PLAYLISTS}-{deploy}-{program}",
+            job_name=PLAYLISTS,
+            partition_key=program,
+            tags={"muse/program": program},
+        )
+        for program in program_partitions(catalog).get_partition_keys()
+    ]
+
+
+def _runs_in_progress(instance: dg.DagsterInstance) -> Mapping[str, int]:
+    counts: dict[str, int] = {}
+    for run in instance.get_runs(dg.RunsFilter(statuses=_IN_PROGRESS)):
+        counts[run.job_name] = counts.get(run.job_name, 0) + 1
+    return counts
+
+
+def _events(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[Event]:
+    records = instance.fetch_materializations(key, limit=_LOOK_BACK).records
+    return [
+        Event(record.storage_id, str(partition), str(sha256.value))
+        for record in records
+        if (found := record.asset_materialization)
+        and (sha256 := found.metadata.get("sha256"))
+        and (partition := record.partition_key or found.metadata["partition"].value)
+    ]
+
+
+def _newest(instance: dg.DagsterInstance, key: dg.AssetKey) -> Event | None:
+    records = instance.fetch_materializations(key, limit=1).records
+    return next(iter(_events(instance, key)), None) if records else None
+
+
+def _newest_storage_id(instance: dg.DagsterInstance, key: dg.AssetKey) -> int:
+    records = instance.fetch_materializations(key, limit=1).records
+    return records[0].storage_id if records else 0

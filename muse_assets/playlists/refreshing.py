@@ -1,0 +1,51 @@
+"""One program's playlist, from its songs to its Redis keys.
+
+Here: the order of the three steps. Not here: the steps (`songs.py`, `ids.py`, `cache.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import redis
+from sqlalchemy import Engine
+
+from muse_assets.catalog import Catalog, Program
+from muse_assets.connections.databases import describe_url
+from muse_assets.failures import PermanentFailure
+from muse_assets.playlists.cache import Refresh, refresh
+from muse_assets.playlists.ids import index_ids
+from muse_assets.playlists.songs import Layout, program_songs, song_table
+
+
+def refresh_program(
+    embedding_engine: Engine,
+    playlist_engine: Engine,
+    client: redis.Redis,
+    catalog: Catalog,
+    program: Program,
+    layout: Layout,
+    *,
+    confirm_shrink: bool = False,
+    now: float | None = None,
+) -> Refresh:
+    """Read the program's songs, find their ids in every index of the catalog, replace its Redis keys.
+
+    `now` (seconds since the epoch) is the time at the write unless given. Raises PermanentFailure, with
+    nothing written, for a program without songs (`confirm_shrink` does not help), and whatever the three
+    steps raise. `seconds` of the result covers all of it.
+    """
+    started = time.monotonic()
+    songs = program_songs(playlist_engine, program, layout)
+    if not songs:
+        raise PermanentFailure(
+            f"Program {program.id} ({program.title}) has no songs in {song_table(program, layout)}, "
+            f"{describe_url(playlist_engine)}. Nothing was written.",
+            next_step="fill that table, or correct MUSE_PLAYLIST_LAYOUT and MUSE_PLAYLIST_DB_URL.",
+        )
+    ids = {spec.name: index_ids(embedding_engine, spec, songs) for spec in catalog.indexes}
+    result = refresh(
+        client, program, ids, now=time.time() if now is None else now, confirm_shrink=confirm_shrink
+    )
+    return replace(result, seconds=time.monotonic() - started)

@@ -1,0 +1,88 @@
+"""Where things lie in the server directory, and how its failures read.
+
+Here: paths and the check that the directory can be worked in. Not here: the contents of any file.
+
+    muse_<index>.index                       live: what the server loads at start
+    muse_<index>_backup.index                fallback: what it loads if that fails
+    .manifests/<index>/<sha256>.json         facts of every file here, by content
+    .backups/<index>/<UTC time>_<sha12>.index    files that were live before
+    .locks/<index>.lock                      held by whoever changes the index's files
+    .loaded.json                             content the server last loaded well, by index
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from muse_assets.catalog import IndexSpec
+from muse_assets.durable_files import fsync_directory, locked, sweep
+from muse_assets.failures import PassingFailure, PermanentFailure
+
+
+def manifest_folder(server: Path, index: str) -> Path:
+    """Folder of the manifests of one index."""
+    return server / ".manifests" / index
+
+
+def backup_folder(server: Path, index: str) -> Path:
+    """Folder of the files of one index that were live before."""
+    return server / ".backups" / index
+
+
+def loaded_file(server: Path) -> Path:
+    """JSON object: index -> sha256 that the server last loaded well."""
+    return server / ".loaded.json"
+
+
+def make_folders(server: Path, index: str) -> None:
+    """Create the index's folders; their names survive a power cut."""
+    for folder in (manifest_folder(server, index), backup_folder(server, index)):
+        folder.mkdir(parents=True, exist_ok=True)
+        fsync_directory(folder.parent)
+
+
+@contextlib.contextmanager
+def working_on(spec: IndexSpec, server: Path, *, wait_seconds: float) -> Iterator[None]:
+    """Hold the index's lock in the server directory, swept of what killed processes left.
+
+    Raises PermanentFailure for a directory that is missing or not writable (it is never created: its
+    mount may be missing), Conflict when another process holds the lock after `wait_seconds`.
+    """
+    check_directory(server)
+    lock = server / ".locks" / f"{spec.name}.lock"
+    with explained(f"Index {spec.name}", server), locked(lock, wait_seconds=wait_seconds):
+        sweep(server / spec.live_file)
+        sweep(server / spec.fallback_file)
+        for folder in (manifest_folder(server, spec.name), backup_folder(server, spec.name)):
+            sweep(folder / "*")
+        yield
+
+
+def check_directory(server: Path) -> None:
+    """Raise PermanentFailure unless `server` is a directory this process may write in."""
+    if not server.is_dir():
+        raise PermanentFailure(
+            f"The server directory {server} does not exist.",
+            next_step="mount or create it, or correct MUSE_SERVER_DIR; nothing was created or changed.",
+        )
+    if not os.access(server, os.R_OK | os.W_OK | os.X_OK):
+        raise PermanentFailure(
+            f"The server directory {server} is read-only for this process.",
+            next_step="remount it writable or grant this user access; nothing was changed.",
+        )
+
+
+@contextlib.contextmanager
+def explained(subject: str, server: Path) -> Iterator[None]:
+    """Turn an OSError from before a rename into a failure that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise PassingFailure(
+            f"{subject}: {error.strerror or error} at {error.filename or server}; the live file was not"
+            " replaced.",
+            next_step=f"check the disk of {server} and its permissions, then launch the run again.",
+        ) from error

@@ -1,0 +1,99 @@
+"""The five outside systems as Dagster resources, one each.
+
+Here: configuration in Dagster's words. Not here: how the systems are reached (`connections/`) or which
+environment variable names them (`settings.py`).
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import redis
+from sqlalchemy import Engine
+
+from muse_assets.connections.databases import engine_for
+from muse_assets.connections.embedded_valkey import embedded_valkey
+from muse_assets.connections.redis_server import connect
+from muse_assets.snapshots.progress import Progress
+
+
+class Database(dg.ConfigurableResource[Any]):
+    """A SQL database. `url` is a SQLAlchemy URL; give it by `EnvVar`, it may hold a password."""
+
+    url: str
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of this database."""
+        return engine_for(self.url)
+
+
+class RedisServer(dg.ConfigurableResource[Any]):
+    """The Redis that the search server reads; with no `url`, a Valkey of our own in `embedded_directory`."""
+
+    url: str = ""
+    embedded_directory: str = ""
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[redis.Redis]:
+        """A connected client; the embedded server runs at least as long as it is used."""
+        with contextlib.ExitStack() as stack:
+            url = self.url or stack.enter_context(embedded_valkey(Path(self.embedded_directory)))
+            client = stack.enter_context(contextlib.closing(connect(url)))
+            yield client
+
+
+class WorkDirectory(dg.ConfigurableResource[Any]):
+    """Where clusters and dated snapshots are built. Created when missing: it holds nothing live."""
+
+    path: str
+
+    def ready(self) -> Path:
+        """The directory, existing."""
+        directory = Path(self.path)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+
+class ServerDirectory(dg.ConfigurableResource[Any]):
+    """Where the search server loads its files, and how it is made to load them.
+
+    `create` is for the embedded default alone: a missing directory elsewhere is a missing mount.
+    """
+
+    path: str
+    create: bool = False
+    reload: str | None = None
+    reload_health: str | None = None
+
+    def ready(self) -> Path:
+        """The directory; created only where that is allowed."""
+        directory = Path(self.path)
+        if self.create:
+            directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+
+class ProgressLog(dg.ConfigurableResource[Any]):
+    """Shows how far long work is as log events of the run, at most one in `every_seconds`."""
+
+    every_seconds: float = 5.0
+
+    def reporter(self, context: dg.AssetExecutionContext) -> Progress:
+        """A progress callable for one step."""
+        started = time.monotonic()
+        shown, shown_at = "", started
+
+        def report(doing: str, done: int, total: int) -> None:
+            nonlocal shown, shown_at
+            now = time.monotonic()
+            if doing == shown and now - shown_at < self.every_seconds and done != total:
+                return
+            shown, shown_at = doing, now
+            text = f"{doing}: {done:,} of {total:,}" if total else doing
+            context.log.info(f"{text} ({now - started:.1f} s)")
+
+        return report

@@ -1,0 +1,933 @@
+"""Publishing: the server directory through deploys, roll-backs, kills, failing disks and bad reloads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import http.server
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+
+from muse_assets import durable_files
+from muse_assets.catalog import IndexSpec
+from muse_assets.failures import Conflict, MuseError, PassingFailure, PermanentFailure
+from muse_assets.ivfpq.files import describe, write_index
+from muse_assets.manifest import Manifest, read_manifest
+from muse_assets.publishing.backups import Retention, backups
+from muse_assets.publishing.deploying import Deployment, deploy, rollback
+from muse_assets.publishing.live import live_file
+from muse_assets.publishing.reloading import loaded_contents, reload_server
+from muse_assets.publishing.verifying import verify
+
+SPEC = IndexSpec("vibe", "clap", "song", 16, "tb_vibe", "embedding", m=4, nbits=4)
+LYRICS = replace(SPEC, name="lyrics")
+
+Snapshot = tuple[Path, Manifest]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Training these few vectors with spinning threads takes seconds on a busy machine."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
+@lru_cache
+def trained_index(seed: int, *, rows: int = 400, dimension: int = 16, metric: int = faiss.METRIC_L2) -> Any:
+    vectors = np.random.default_rng(seed).random((rows, dimension), dtype=np.float32)
+    quantizer = faiss.IndexFlat(dimension, metric)
+    index = faiss.IndexIVFPQ(quantizer, dimension, 8, 4, 4, metric)
+    for clustering in (index.cp, index.pq.cp):
+        clustering.min_points_per_centroid = 1
+        clustering.niter = 3
+    index.train(vectors)
+    index.add_with_ids(vectors, np.arange(rows, dtype=np.int64))
+    return index
+
+
+def flat_index(seed: int) -> Any:
+    index = faiss.IndexFlatL2(16)
+    index.add(np.random.default_rng(seed).random((400, 16), dtype=np.float32))
+    return index
+
+
+def snapshot_of(index: Any, path: Path, day: str = "2026-11-22", *, spec: IndexSpec = SPEC) -> Snapshot:
+    """Write the index as a snapshot with the manifest that describes it."""
+
+    def produce(write: durable_files.Write) -> None:
+        if isinstance(index, faiss.IndexIVF):
+            write_index(index, write)
+        else:
+            write(faiss.serialize_index(index).tobytes())
+
+    path.parent.mkdir(exist_ok=True)
+    staged = durable_files.stage(path, produce)
+    durable_files.commit(staged)
+    facts = describe(path)
+    manifest = Manifest(
+        index=spec.name,
+        partition=day,
+        sha256=staged.sha256,
+        size=staged.size,
+        built_at=f"{day}T08:00:00+00:00",
+        rows=index.ntotal,
+        ntotal_field=facts.ntotal,
+        index_class=facts.index_class,
+        dimension=facts.dimension,
+        metric=facts.metric,
+        nlist=facts.nlist,
+        m=facts.m or 0,
+        nbits=facts.nbits or 0,
+        nprobe=facts.nprobe,
+        id_offset=spec.id_offset,
+        cluster="c",
+        encoder="e",
+        source="드라이브 뮤직",
+        newest_idx=facts.ntotal,
+        mode="full",
+        parent=None,
+        added=0,
+        removed=0,
+        reembedded=0,
+    )
+    return path, manifest
+
+
+def snapshot(work: Path, seed: int, day: str = "2026-11-22", *, spec: IndexSpec = SPEC) -> Snapshot:
+    return snapshot_of(trained_index(seed), work / f"{spec.name}_{seed}.index", day, spec=spec)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Path:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    return folder
+
+
+def put(server: Path, taken: Snapshot, **options: Any) -> Deployment:
+    return deploy(SPEC, *taken, server, **options)
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def live(server: Path) -> str:
+    return sha(server / SPEC.live_file)
+
+
+def fallback(server: Path) -> str:
+    return sha(server / SPEC.fallback_file)
+
+
+def contents(server: Path) -> dict[str, str]:
+    """Every file but the locks, with its content."""
+    files = (path for path in sorted(server.rglob("*")) if path.is_file() and ".locks" not in path.parts)
+    return {str(path.relative_to(server)): sha(path) for path in files}
+
+
+def temps(server: Path) -> list[Path]:
+    return list(server.rglob("*.part"))
+
+
+def flip_a_byte(path: Path) -> None:
+    """Damage the bytes in place, as a bad disk or an editor does."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def assert_sound(server: Path) -> None:
+    """Every file has its facts, the facts have a file, both names are there, no temp is left."""
+    assert temps(server) == []
+    found = verify(server, SPEC)
+    assert {finding.path.name for finding in found} >= {SPEC.live_file, SPEC.fallback_file}
+    assert [finding for finding in found if finding.state != "ok"] == []
+    manifests = {path.stem for path in (server / ".manifests" / SPEC.name).glob("*.json")}
+    assert manifests == {sha(finding.path) for finding in found}
+    assert not (server / SPEC.live_file).samefile(server / SPEC.fallback_file)
+
+
+# --- deploys
+
+
+def test_the_first_deploy_gives_the_server_a_live_file_and_a_second_chance(work: Path, server: Path) -> None:
+    first = snapshot(work, 1)
+    done = put(server, first)
+    assert (done.sha256, done.partition, done.size) == (first[1].sha256, "2026-11-22", first[1].size)
+    assert (done.replaced_sha256, done.backup, done.already_live) == (None, None, False)
+    assert live(server) == fallback(server) == first[1].sha256
+    assert faiss.read_index(str(server / SPEC.live_file)).ntotal == 400
+    assert read_manifest(server, SPEC.name, first[1].sha256) == first[1]
+    assert_sound(server)
+
+
+def test_the_replaced_file_is_backup_and_fallback(work: Path, server: Path) -> None:
+    first, second = snapshot(work, 1), snapshot(work, 2, "2026-11-23")
+    put(server, first)
+    done = put(server, second)
+    assert live(server) == second[1].sha256
+    assert fallback(server) == done.replaced_sha256 == first[1].sha256
+    assert done.backup is not None
+    assert sha(done.backup) == first[1].sha256
+    assert [b.manifest for b in backups(SPEC, server)] == [first[1]]
+    assert_sound(server)
+
+
+def test_an_operators_copy_over_the_live_file_spares_backup_and_fallback(work: Path, server: Path) -> None:
+    first, second = snapshot(work, 1), snapshot(work, 2)
+    put(server, first)
+    done = put(server, second)
+    shutil.copyfile(snapshot(work, 3)[0], server / SPEC.live_file)
+    assert done.backup is not None
+    assert sha(done.backup) == fallback(server) == first[1].sha256
+
+
+def test_deploying_the_live_content_again_changes_no_file(work: Path, server: Path) -> None:
+    first = snapshot(work, 1)
+    put(server, first)
+    before, inode = contents(server), (server / SPEC.live_file).stat().st_ino
+    assert put(server, first).already_live
+    assert contents(server) == before
+    assert (server / SPEC.live_file).stat().st_ino == inode
+
+
+def test_the_same_content_of_a_newer_day_moves_the_live_day_on(work: Path, server: Path) -> None:
+    path, manifest = snapshot(work, 1)
+    put(server, (path, manifest))
+    done = put(server, (path, replace(manifest, partition="2026-11-25")))
+    assert (done.already_live, done.partition) == (True, "2026-11-25")
+    # The older facts do not take it back, and a day between the two is now too old.
+    assert put(server, (path, manifest)).partition == "2026-11-25"
+    with pytest.raises(PermanentFailure, match="older than the live file's 2026-11-25"):
+        put(server, snapshot(work, 2, "2026-11-24"))
+
+
+def test_an_older_day_is_refused(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1, "2026-11-22"))
+    before = contents(server)
+    with pytest.raises(PermanentFailure, match="to go back in time, roll back"):
+        put(server, snapshot(work, 2, "2026-11-21"))
+    assert contents(server) == before
+
+
+def violating(work: Path, what: str) -> tuple[Snapshot, str]:
+    path = work / "violating.index"
+    if what == "dimension":
+        return snapshot_of(trained_index(2, dimension=32), path), "dimension is 32, the live file has 16"
+    if what == "metric":
+        inner = faiss.METRIC_INNER_PRODUCT
+        return snapshot_of(trained_index(2, metric=inner), path), "metric is metric 0, the live file has l2"
+    if what == "class":
+        return snapshot_of(flat_index(2), path), "index class IndexFlat"
+    if what == "id_offset":
+        taken = snapshot_of(trained_index(2), path)
+        return (path, replace(taken[1], id_offset=0)), "id_offset is 0, the live file has -1"
+    if what == "index":
+        taken = snapshot_of(trained_index(2), path)
+        return (path, replace(taken[1], index="title")), "a file of index title"
+    return snapshot_of(trained_index(2, rows=4000), path), "more than 1.5 times"
+
+
+@pytest.mark.parametrize("what", ["dimension", "metric", "class", "id_offset", "index", "size"])
+def test_what_the_server_could_not_serve_is_refused(work: Path, server: Path, what: str) -> None:
+    put(server, snapshot(work, 1))
+    before = contents(server)
+    taken, reason = violating(work, what)
+    with pytest.raises(PermanentFailure, match=reason):
+        put(server, taken)
+    assert contents(server) == before
+
+
+def test_a_confirmed_size_is_taken(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    taken, _ = violating(work, "size")
+    assert put(server, taken, confirm_size=True).sha256 == taken[1].sha256
+
+
+def test_the_first_file_has_to_match_the_catalog(work: Path, server: Path) -> None:
+    with pytest.raises(PermanentFailure, match="dimension is 32, the catalog says 16"):
+        put(server, violating(work, "dimension")[0])
+    assert contents(server) == {}
+
+
+def test_a_damaged_snapshot_is_refused(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    before, second = contents(server), snapshot(work, 2)
+    flip_a_byte(second[0])
+    with pytest.raises(PermanentFailure, match="is damaged"):
+        put(server, second)
+    assert contents(server) == before
+
+
+def test_a_missing_snapshot_is_refused(work: Path, server: Path) -> None:
+    path, manifest = snapshot(work, 1)
+    path.unlink()
+    with pytest.raises(PermanentFailure, match="materialize vibe/index for 2026-11-22"):
+        put(server, (path, manifest))
+    assert contents(server) == {}
+
+
+def test_a_work_directory_is_no_server_directory(work: Path) -> None:
+    taken = snapshot(work, 1)
+    with pytest.raises(PermanentFailure, match="different directories"):
+        put(work, taken)
+
+
+def test_readers_of_another_user_can_read_what_a_strict_umask_wrote(work: Path, server: Path) -> None:
+    taken, old = (snapshot(work, 1), snapshot(work, 2)), os.umask(0o077)
+    try:
+        for one in taken:
+            put(server, one)
+    finally:
+        os.umask(old)
+    for name in (SPEC.live_file, SPEC.fallback_file):
+        assert (server / name).stat().st_mode & 0o777 == 0o644
+
+
+# --- the legacy's files
+
+
+def test_a_legacy_file_is_adopted_backed_up_and_can_come_back(work: Path, server: Path) -> None:
+    legacy = trained_index(7)
+    faiss.write_index(legacy, str(server / SPEC.live_file))
+    before = live(server)
+    adopted = live_file(server, SPEC)
+    assert adopted is not None
+    assert not adopted.damaged
+    second = snapshot(work, 2)
+    done = put(server, second)
+    assert done.replaced_sha256 == fallback(server) == before
+    assert_sound(server)
+    assert rollback(SPEC, server).sha256 == live(server) == before
+    assert_sound(server)
+    # Nobody knows the legacy file's day, so every day is newer.
+    assert put(server, second).sha256 == live(server) == second[1].sha256
+
+
+def test_a_legacy_file_of_another_shape_is_not_replaced(work: Path, server: Path) -> None:
+    faiss.write_index(trained_index(7, dimension=32), str(server / SPEC.live_file))
+    before = contents(server)
+    with pytest.raises(PermanentFailure, match="dimension is 16, the live file has 32"):
+        put(server, snapshot(work, 1))
+    assert contents(server) == before
+
+
+def test_a_torn_legacy_file_is_damaged(work: Path, server: Path) -> None:
+    whole = faiss.serialize_index(trained_index(7)).tobytes()
+    (server / SPEC.live_file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PermanentFailure, match="damaged or was edited"):
+        put(server, snapshot(work, 1))
+
+
+# --- damage
+
+
+def damaged_server(work: Path, server: Path) -> tuple[Snapshot, str]:
+    first, second = snapshot(work, 1), snapshot(work, 2)
+    put(server, first)
+    put(server, second)
+    flip_a_byte(server / SPEC.live_file)
+    return first, live(server)
+
+
+def test_a_damaged_live_file_is_named_and_not_replaced_unasked(work: Path, server: Path) -> None:
+    damaged_server(work, server)
+    before = contents(server)
+    with pytest.raises(PermanentFailure, match="replace_damaged"):
+        put(server, snapshot(work, 3))
+    assert contents(server) == before
+    states = {finding.path.name: finding.state for finding in verify(server, SPEC)}
+    assert (states[SPEC.live_file], states[SPEC.fallback_file]) == ("damaged", "ok")
+
+
+def test_damaged_bytes_are_set_aside_and_never_served_again(work: Path, server: Path) -> None:
+    first, damage = damaged_server(work, server)
+    done = put(server, snapshot(work, 3), replace_damaged=True)
+    assert (done.replaced_sha256, done.backup) == (damage, None)
+    assert fallback(server) == first[1].sha256
+    assert damage[:12] not in {b.sha12 for b in backups(SPEC, server)}
+    aside = list((server / ".backups" / SPEC.name).glob("*_damaged_*"))
+    assert [sha(path) for path in aside] == [damage]
+    assert_sound(server)
+
+
+def test_a_fallback_that_is_no_backup_keeps_its_facts(work: Path, server: Path) -> None:
+    first = snapshot(work, 1)
+    put(server, first)
+    flip_a_byte(server / SPEC.live_file)
+    put(server, snapshot(work, 2), replace_damaged=True)
+    assert fallback(server) == first[1].sha256
+    assert_sound(server)
+
+
+def test_the_right_bytes_repair_a_damaged_live_file(work: Path, server: Path) -> None:
+    damaged_server(work, server)
+    second = snapshot(work, 2)
+    assert put(server, second, replace_damaged=True).sha256 == live(server) == second[1].sha256
+    assert_sound(server)
+
+
+def test_a_damaged_live_file_can_be_rolled_back(work: Path, server: Path) -> None:
+    first, _ = damaged_server(work, server)
+    assert rollback(SPEC, server).sha256 == live(server) == fallback(server) == first[1].sha256
+    assert_sound(server)
+
+
+def test_verify_tells_damaged_unknown_and_missing_apart(work: Path, server: Path) -> None:
+    first, second = snapshot(work, 1), snapshot(work, 2)
+    put(server, first)
+    done = put(server, second)
+    assert done.backup is not None
+    flip_a_byte(done.backup)  # the fallback is the same file
+    (server / SPEC.live_file).unlink()
+    states = {finding.path.name: finding.state for finding in verify(server, SPEC)}
+    assert states == {SPEC.live_file: "missing", SPEC.fallback_file: "damaged", done.backup.name: "damaged"}
+    dated = work / "muse_vibe_20261122.index"
+    shutil.copyfile(first[0], dated)
+    assert [(f.path, f.state) for f in verify(work, SPEC)] == [(dated, "unknown")]
+
+
+# --- rolling back
+
+
+def test_rolling_back_twice_rolls_forward(work: Path, server: Path) -> None:
+    first, second = snapshot(work, 1, "2026-11-22"), snapshot(work, 2, "2026-11-23")
+    put(server, first)
+    put(server, second)
+    back = rollback(SPEC, server)
+    assert (back.sha256, back.partition) == (live(server), "2026-11-22")
+    assert back.replaced_sha256 == second[1].sha256
+    assert fallback(server) == first[1].sha256  # not the file that was rolled back from
+    assert_sound(server)
+    assert rollback(SPEC, server).sha256 == live(server) == second[1].sha256
+    assert_sound(server)
+
+
+def test_a_rollback_to_a_named_content(work: Path, server: Path) -> None:
+    taken = [snapshot(work, seed) for seed in (1, 2, 3)]
+    for one in taken:
+        put(server, one)
+    wanted = taken[0][1].sha256
+    assert rollback(SPEC, server, to=wanted[:8]).sha256 == live(server) == wanted
+    assert rollback(SPEC, server, to=wanted).already_live
+    with pytest.raises(PermanentFailure, match="has no backup ffff"):
+        rollback(SPEC, server, to="ffff")
+
+
+def test_a_rollback_needs_an_intact_backup(work: Path, server: Path) -> None:
+    with pytest.raises(PermanentFailure, match="no backup that is not live; backups: none"):
+        rollback(SPEC, server)
+    put(server, snapshot(work, 1))
+    done = put(server, snapshot(work, 2))
+    assert done.backup is not None
+    flip_a_byte(done.backup)
+    before = contents(server)
+    with pytest.raises(PermanentFailure, match="is damaged"):
+        rollback(SPEC, server)
+    assert contents(server) == before
+
+
+# --- retention
+
+
+def age(server: Path, days: float) -> None:
+    """Make the backups look `days` older."""
+    for backup in backups(SPEC, server):
+        then = backup.replaced_at - timedelta(days=days)
+        backup.path.rename(backup.path.with_name(f"{then:%Y%m%dT%H%M%S.%fZ}_{backup.sha12}.index"))
+
+
+def test_twenty_deploys_leave_two_old_backups_and_no_orphans(work: Path, server: Path) -> None:
+    taken = [snapshot(work, seed) for seed in range(20)]
+    for one in taken:
+        put(server, one)
+        age(server, 8)
+    put(server, taken[0])
+    expected = [one[1].sha256[:12] for one in (taken[19], taken[18])]
+    assert [b.sha12 for b in backups(SPEC, server)] == expected
+    assert_sound(server)
+
+
+def test_young_backups_stay_and_a_content_is_kept_once(work: Path, server: Path) -> None:
+    taken = [snapshot(work, seed) for seed in range(4)]
+    for one in taken * 2:
+        put(server, one)
+    assert sorted(b.sha12 for b in backups(SPEC, server)) == sorted(m.sha256[:12] for _, m in taken)
+    put(server, taken[0], retention=Retention(backups=1, days=0))
+    assert [b.sha12 for b in backups(SPEC, server)] == [taken[3][1].sha256[:12]]
+    assert_sound(server)
+
+
+def test_a_clock_that_was_set_back_does_not_reorder_backups(work: Path, server: Path) -> None:
+    taken = [snapshot(work, seed) for seed in range(3)]
+    put(server, taken[0])
+    put(server, taken[1])
+    age(server, -30)  # as if written under a clock that ran ahead
+    put(server, taken[2])
+    newest = backups(SPEC, server)[0]
+    assert newest.sha12 == taken[1][1].sha256[:12]
+    assert newest.replaced_at > datetime.now(UTC)
+
+
+# --- directories that cannot be written
+
+
+def test_a_missing_directory_is_not_created(work: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    with pytest.raises(PermanentFailure, match="does not exist"):
+        put(absent, snapshot(work, 1))
+    with pytest.raises(PermanentFailure, match="does not exist"):
+        rollback(SPEC, absent)
+    assert not absent.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("NOT PROVEN HERE: full and read-only disks need root and the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_changes_nothing(work: Path, small_disk: Path) -> None:
+    put(small_disk, snapshot(work, 1))
+    before = contents(small_disk)
+    with contextlib.suppress(OSError), (small_disk / ".filler").open("wb", buffering=0) as filler:
+        while filler.write(b"x" * 4096):
+            pass
+    with pytest.raises(PassingFailure, match="full"):
+        put(small_disk, snapshot(work, 2))
+    (small_disk / ".filler").unlink()
+    assert contents(small_disk) == before
+    assert temps(small_disk) == []
+    put(small_disk, snapshot(work, 2))
+    assert_sound(small_disk)
+
+
+def test_a_read_only_disk_changes_nothing(work: Path, small_disk: Path) -> None:
+    put(small_disk, snapshot(work, 1))
+    before = contents(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(PermanentFailure, match="read-only"):
+        put(small_disk, snapshot(work, 2))
+    with pytest.raises(PermanentFailure, match="read-only"):
+        rollback(SPEC, small_disk)
+    assert contents(small_disk) == before
+
+
+# --- kills, errors and rivals
+
+# What the interpreter reports before a call that can change a directory or open a file.
+STEPS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.chmod", "fcntl.flock"}
+_at_step: Callable[[], None] | None = None
+
+
+def _audit(event: str, _arguments: object) -> None:
+    if _at_step is not None and event in STEPS:
+        _at_step()
+
+
+@contextlib.contextmanager
+def each_step(action: Callable[[int], None]) -> Iterator[list[int]]:
+    """Call `action` with the number of every step of this process from here on; yields the count."""
+    global _at_step  # noqa: PLW0603
+    if not getattr(sys, "_muse_audited", False):  # an audit hook can never be removed
+        sys.addaudithook(_audit)
+        sys._muse_audited = True  # type: ignore[attr-defined]
+    count = [0]
+
+    def step() -> None:
+        count[0] += 1
+        action(count[0])
+
+    _at_step = step
+    try:
+        yield count
+    finally:
+        _at_step = None
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process; return its id. It ends with 0, or with 1 for a MuseError."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except MuseError:
+        pass
+    except BaseException:
+        traceback.print_exc()
+        code = 2
+    finally:
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_at(wanted: int) -> Callable[[int], None]:
+    def action(step: int) -> None:
+        if step == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return action
+
+
+def fail_at(wanted: int) -> Callable[[int], None]:
+    def action(step: int) -> None:
+        if step == wanted:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), f"step {step}")
+
+    return action
+
+
+PAST_THE_END = 42
+
+
+def legacy_server(_work: Path, folder: Path) -> Path:
+    folder.mkdir()
+    faiss.write_index(trained_index(7), str(folder / SPEC.live_file))
+    return folder
+
+
+def first_and_second(work: Path, folder: Path) -> Path:
+    folder.mkdir()
+    put(folder, snapshot(work, 1))
+    put(folder, snapshot(work, 2))
+    return folder
+
+
+@pytest.mark.parametrize("start", [legacy_server, first_and_second])
+@pytest.mark.parametrize("fault", [die_at, fail_at])
+def test_a_fault_at_any_step_leaves_a_complete_live_file(
+    work: Path,
+    tmp_path: Path,
+    start: Callable[[Path, Path], Path],
+    fault: Callable[[int], Callable[[int], None]],
+) -> None:
+    template, taken = start(work, tmp_path / "template"), snapshot(work, 3)
+    old, new = live(template), taken[1].sha256
+    outcomes = set()
+    for step in range(1, 200):
+        server = tmp_path / f"server_{step}"
+        shutil.copytree(template, server)
+
+        def attempt(server: Path = server, step: int = step) -> None:
+            with each_step(fault(step)) as count:
+                put(server, taken)
+            if count[0] < step:
+                os._exit(PAST_THE_END)
+
+        code = ended(in_child(attempt))
+        assert code in (0, 1, -signal.SIGKILL, PAST_THE_END)
+        outcomes.add((code, live(server)))
+        assert live(server) in (old, new)
+        if (server / SPEC.fallback_file).exists():
+            faiss.read_index(str(server / SPEC.fallback_file))
+        if fault is fail_at:
+            assert list(server.glob(f".{SPEC.live_file}.*")) == [], f"step {step}"
+        assert put(server, taken).sha256 == live(server) == new
+        assert fallback(server) == old, f"step {step}"
+        assert temps(server) == [], f"step {step}"
+        assert {f.state for f in verify(server, SPEC)} == {"ok"}, f"step {step}"
+        if code == PAST_THE_END:
+            break
+    failed = 1 if fault is fail_at else -signal.SIGKILL
+    # Faults fell before the rename and after it, and the last attempt met none.
+    assert outcomes >= {(failed, old), (failed, new), (PAST_THE_END, new)}
+
+
+def test_readers_see_whole_files_while_publishers_are_killed(work: Path, server: Path) -> None:
+    taken = [snapshot(work, 1), snapshot(work, 2)]
+    put(server, taken[0])
+    good = {manifest.sha256 for _, manifest in taken}
+    seen: list[str] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.append(live(server))
+
+    def publish_for_ever() -> None:
+        while True:
+            for one in taken:
+                put(server, one)
+
+    reader = threading.Thread(target=read)
+    choose = random.Random(5)
+    pids = []
+    reader.start()
+    try:
+        for _ in range(25):
+            pids.append(in_child(publish_for_ever))
+            time.sleep(choose.uniform(0.005, 0.12))
+            os.kill(pids[-1], signal.SIGKILL)
+            assert ended(pids[-1]) == -signal.SIGKILL
+            assert live(server) in good
+    finally:
+        stop.set()
+        reader.join()
+    assert set(seen) == good
+    for one in taken:
+        put(server, one)
+    assert_sound(server)
+
+
+def test_of_two_deploys_at_once_one_wins(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    rivals = [snapshot(work, seed) for seed in (2, 3)]
+
+    def attempt(taken: Snapshot) -> None:
+        with each_step(lambda _: time.sleep(0.005)):  # so that they do meet
+            put(server, taken)
+
+    codes = [ended(pid) for pid in [in_child(partial(attempt, taken)) for taken in rivals]]
+    assert sorted(codes) == [0, 1]
+    assert live(server) == rivals[codes.index(0)][1].sha256
+    assert_sound(server)
+
+
+def test_a_held_lock_is_a_conflict_and_can_be_waited_for(work: Path, server: Path) -> None:
+    taken = snapshot(work, 1)
+    with durable_files.locked(server / ".locks" / "vibe.lock"), pytest.raises(Conflict):
+        put(server, taken)
+    held = threading.Event()
+
+    def hold() -> None:
+        with durable_files.locked(server / ".locks" / "vibe.lock"):
+            held.set()
+            time.sleep(0.2)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    assert put(server, taken, lock_wait_seconds=5.0).sha256 == live(server)
+    holder.join()
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_live_file_changed_during_the_deploy_is_a_conflict(
+    work: Path, server: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    put(server, snapshot(work, 1))
+    foreign = snapshot(work, 9)[0].read_bytes()
+    copy_into = durable_files.copy_into
+
+    def copy_while_an_operator_copies(source: Path) -> Callable[[durable_files.Write], None]:
+        target = server / SPEC.live_file
+        if replaced:
+            target.with_suffix(".new").write_bytes(foreign)
+            target.with_suffix(".new").rename(target)
+        else:
+            target.write_bytes(foreign)
+        return copy_into(source)
+
+    monkeypatch.setattr("muse_assets.publishing.deploying.copy_into", copy_while_an_operator_copies)
+    with pytest.raises(Conflict, match="changed by someone else"):
+        put(server, snapshot(work, 2))
+    assert (server / SPEC.live_file).read_bytes() == foreign
+    assert temps(server) == []
+    assert backups(SPEC, server) == []
+
+
+# --- reloading
+
+
+def fake_server(server: Path, accepted: set[str]) -> tuple[str, str]:
+    """A hook that "loads" the live file and counts its runs, a health check that accepts some contents."""
+    hook, health = server.parent / "hook.sh", server.parent / "health.sh"
+    hook.write_text(
+        f"sha256sum {server}/muse_vibe.index > {server.parent}/running\necho run >> {server.parent}/runs\n"
+    )
+    pattern = "|".join(sorted(accepted)) or "nothing"
+    health.write_text(f"grep -qE '{pattern}' {server.parent}/running || {{ echo 색인을 못 읽음; exit 3; }}\n")
+    return f"sh {hook}", f"sh {health}"
+
+
+def reload_now(server: Path, hook: str | None, health: str | None, **options: Any) -> Any:
+    options = {"timeout_seconds": 0.3, "pause_seconds": 0.05} | options
+    return reload_server(server, [SPEC, LYRICS], hook=hook, health=health, **options)
+
+
+def runs(server: Path) -> int:
+    return len((server.parent / "runs").read_text().splitlines())
+
+
+def test_a_reload_records_what_was_loaded_and_runs_once(work: Path, server: Path) -> None:
+    first = snapshot(work, 1)
+    put(server, first)
+    hook, health = fake_server(server, {first[1].sha256})
+    done = reload_now(server, hook, health)
+    assert (done.reloaded, done.covered) == (True, {"vibe": first[1].sha256})
+    assert loaded_contents(server) == {"vibe": first[1].sha256}
+    assert not reload_now(server, hook, health).reloaded
+    assert runs(server) == 1
+
+
+def test_without_a_hook_nothing_is_recorded(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    done = reload_now(server, None, None)
+    assert (done.reloaded, "by hand" in done.message) == (False, True)
+    assert loaded_contents(server) == {}
+
+
+def test_a_server_that_does_not_come_up_gets_its_old_files_back(work: Path, server: Path) -> None:
+    first, second = snapshot(work, 1, "2026-11-22"), snapshot(work, 2, "2026-11-23")
+    lyrics = snapshot(work, 3, spec=LYRICS)
+    put(server, first)
+    hook, health = fake_server(server, {first[1].sha256})
+    reload_now(server, hook, health)
+    put(server, second)
+    deploy(LYRICS, *lyrics, server)
+    with pytest.raises(PermanentFailure) as failure:
+        reload_now(server, hook, health)
+    for words in (
+        "did not take vibe, lyrics",
+        "색인을 못 읽음",
+        f"vibe went back to {first[1].sha256[:12]} of 2026-11-22",
+        "lyrics stays",
+        "the server came up on them",
+    ):
+        assert words in str(failure.value)
+    assert live(server) == first[1].sha256
+    assert sha(server / LYRICS.live_file) == lyrics[1].sha256
+    assert loaded_contents(server) == {"vibe": first[1].sha256}
+    assert runs(server) == 3
+
+
+def test_a_failing_hook_takes_the_files_back_and_says_that_the_second_try_failed(
+    work: Path, server: Path
+) -> None:
+    first = snapshot(work, 1)
+    put(server, first)
+    reload_now(server, "true", None)
+    put(server, snapshot(work, 2))
+    with pytest.raises(PermanentFailure, match=r"ls ended with .*vibe went back.*the second try failed"):
+        reload_now(server, "ls /no-such-folder", None)
+    assert live(server) == first[1].sha256
+
+
+@pytest.mark.parametrize("hook", ["sleep 30", "no-such-command-here"])
+def test_a_hook_that_hangs_or_is_missing_fails_in_bounded_time(work: Path, server: Path, hook: str) -> None:
+    put(server, snapshot(work, 1))
+    started = time.monotonic()
+    with pytest.raises(PermanentFailure, match=r"the reload hook failed: .*vibe stays"):
+        reload_now(server, hook, None)
+    assert time.monotonic() - started < 5
+
+
+def test_a_daemon_left_by_the_hook_does_not_hold_the_reload(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    script = server.parent / "daemon.sh"
+    script.write_text("sleep 4 &\n")
+    started = time.monotonic()
+    assert reload_now(server, f"sh {script}", None, timeout_seconds=3).reloaded
+    assert time.monotonic() - started < 2
+
+
+def test_the_health_check_is_tried_until_it_succeeds(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    tries = server.parent / "tries"
+    script = server.parent / "slow.sh"
+    script.write_text(f"echo try >> {tries}\ntest $(wc -l < {tries}) -ge 3\n")
+    assert reload_now(server, "true", f"sh {script}", timeout_seconds=10).reloaded
+    assert len(tries.read_text().splitlines()) == 3
+
+
+@pytest.fixture
+def web() -> Iterator[tuple[str, list[str], dict[str, int]]]:
+    """An HTTP server: its address, the requests it saw, the status by path."""
+    seen: list[str] = []
+    status: dict[str, int] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            path = self.path.partition("?")[0]
+            seen.append(f"{self.command} {path}")
+            self.send_response(status.get(path, 200))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST = answer  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.server_port}", seen, status
+        listener.shutdown()
+        thread.join()
+
+
+def test_hook_and_health_check_may_be_urls(
+    work: Path, server: Path, web: tuple[str, list[str], dict[str, int]]
+) -> None:
+    address, seen, status = web
+    put(server, snapshot(work, 1))
+    status["/health"] = 503
+    with pytest.raises(PermanentFailure, match=r"GET http://127\.0\.0\.1:\d+/health answered 503") as failure:
+        reload_now(server, f"{address}/reload?token=canary", f"{address}/health?token=canary")
+    assert "canary" not in str(failure.value)
+    seen.clear()
+    del status["/health"]
+    assert reload_now(server, f"{address}/reload", f"{address}/health").reloaded
+    assert seen == ["POST /reload", "GET /health"]
+
+
+def test_a_damaged_live_file_is_never_loaded(work: Path, server: Path) -> None:
+    damaged_server(work, server)
+    hook, _ = fake_server(server, set())
+    with pytest.raises(PermanentFailure, match="was not restarted"):
+        reload_now(server, hook, None)
+    assert not (server.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("setting", ["sh 'unbalanced", " ", "http://"])
+def test_an_unusable_hook_is_refused_before_anything_is_run(server: Path, setting: str) -> None:
+    with pytest.raises(PermanentFailure, match="neither a command nor"):
+        reload_now(server, setting, None)
+
+
+def test_an_unreadable_record_is_named(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    (server / ".loaded.json").write_text("[]")
+    with pytest.raises(PermanentFailure, match=r"\.loaded\.json is not a JSON object"):
+        reload_now(server, "true", None)
