@@ -77,10 +77,11 @@ class ServerDirectory(dg.ConfigurableResource[Any]):
         return directory
 
 
-class ProgressLog(dg.ConfigurableResource[Any]):
+class ProgressLog:
     """Shows how far long work is as log events of the run, at most one in `every_seconds`."""
 
-    every_seconds: float = 5.0
+    def __init__(self, every_seconds: float = 5.0) -> None:
+        self.every_seconds = every_seconds
 
     def reporter(self, context: dg.AssetExecutionContext) -> Progress:
         """A progress callable for one step."""

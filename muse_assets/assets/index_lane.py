@@ -126,7 +126,7 @@ def _cluster(spec: IndexSpec) -> dg.AssetsDefinition:
         embedding_database: Database,
         work_directory: WorkDirectory,
         server_directory: ServerDirectory,
-        progress: ProgressLog,
+        progress: dg.ResourceParam[ProgressLog],
     ) -> dg.MaterializeResult:
         with red_run(f"{spec.name} · cluster", _still_live(spec, server_directory)):
             manifest = train_cluster(
@@ -169,7 +169,7 @@ def _index(spec: IndexSpec) -> dg.AssetsDefinition:
         embedding_database: Database,
         work_directory: WorkDirectory,
         server_directory: ServerDirectory,
-        progress: ProgressLog,
+        progress: dg.ResourceParam[ProgressLog],
     ) -> Iterator[Any]:
         day = context.partition_key
         live = _still_live(spec, server_directory)

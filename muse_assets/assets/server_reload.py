@@ -3,7 +3,6 @@
 Here: the asset. Not here: hook, health check and putting files back (`publishing.reloading`).
 """
 
-
 import dagster as dg
 
 from muse_assets.assets.failing import red_run

@@ -153,6 +153,16 @@ def rows_by_idx(connection: Connection, spec: IndexSpec, idx: NDArray[np.int64])
         yield _page(connection.execute(query, {"wanted": part}).all())
 
 
+def song_keys(connection: Connection, spec: IndexSpec, idx: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:
+    """idx -> the row's song key as stored, trimmed; missing rows are left out."""
+    columns = ", ".join(quoted(connection, name) for name in spec.song_key)
+    query = text(
+        f"SELECT idx, {columns} FROM {quoted(connection, spec.table)} WHERE idx IN :wanted"
+    ).bindparams(bindparam("wanted", expanding=True))
+    rows = connection.execute(query, {"wanted": [int(value) for value in idx]}).all()
+    return {int(row[0]): tuple(str(value).strip(" ") for value in row[1:]) for row in rows}
+
+
 def join_pages(found: Iterable[Page]) -> Page:
     """Many pages as one."""
     every = list(found)

@@ -38,7 +38,8 @@ def discs_and_tracks(songs: Ints) -> tuple[Ints, Ints]:
 def first_songs(discs: Ints) -> Ints:
     """The first song of each disc."""
     rounds, places = np.divmod(discs, len(_DISC_SIZES))
-    return rounds * _ROUND + _FIRST_SONG[places]
+    songs: Ints = rounds * _ROUND + _FIRST_SONG[places]
+    return songs
 
 
 def artists_of(seed: int, discs: Ints) -> Ints:

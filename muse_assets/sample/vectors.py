@@ -120,7 +120,7 @@ def _summary(seed: int, songs: Ints, summaries: Ints) -> tuple[Floats, Ints]:
 def _lyrics(seed: int, songs: Ints, windows: Ints, *, lines: int) -> tuple[Floats, Ints]:
     """Windows of `lines` lines, each one line further than the last, so neighbors share most of them."""
     text = sum(normals(seed, "line", songs * 16 + windows + line, LATENT) for line in range(lines))
-    return _topic(seed, songs) + 0.6 * text / np.sqrt(lines), songs * 8 + windows
+    return _topic(seed, songs) + 0.5 * text / np.sqrt(lines), songs * 8 + windows
 
 
 def _artist(seed: int, songs: Ints, _parts: Ints) -> tuple[Floats, Ints]:

@@ -24,6 +24,7 @@ from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import trained_fingerprint
 from muse_assets.ivfpq.files import read_index, write_index
 from muse_assets.ivfpq.training import choose_nlist, train, training_rows
+from muse_assets.manifest import read_manifest
 from muse_assets.snapshots.progress import Progress, silent
 
 SEED = 20241128
@@ -130,12 +131,15 @@ def load_cluster(path: Path, spec: IndexSpec) -> Cluster:
         raise PermanentFailure(
             f"{spec.name} has no trained cluster: {path} does not exist.", next_step=remedy
         )
-    if not _manifest_path(path, spec, durable_files.file_sha256(path)).exists():
+    sha256 = durable_files.file_sha256(path)
+    known = _manifest_path(path, spec, sha256).exists() or read_manifest(path.parent, spec.name, sha256)
+    if not known:
         raise PermanentFailure(
             f"{spec.name}: {path} is damaged or was not written by this system: its hash has no facts.",
             next_step=remedy,
         )
     index = read_index(path)
+    index.reset()  # a filled index stands for the cluster it was filled from
     wanted = (spec.dimension, spec.nlist or index.nlist, spec.m, spec.nbits)
     found = (index.d, index.nlist, index.pq.M, index.pq.nbits)
     if wanted != found:

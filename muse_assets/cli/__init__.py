@@ -1,0 +1,60 @@
+"""The command `muse`: the daily job, the legacy verbs, and looking at what is there.
+
+Here: words, options and tables for a terminal; each command imports what it needs when it runs, so that
+`muse --help` stays quick. Not here: any work (the pipeline's packages) or a second way to do it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from muse_assets.cli.inspecting import info, info_faiss, search, verify
+from muse_assets.cli.legacy import add_daily_faiss, add_faiss, cache_playlist, train_faiss
+from muse_assets.cli.running import deploy, rollback, run, sample, ui
+from muse_assets.failures import MuseError
+
+
+class _ExplainedGroup(click.Group):
+    """Failures end in one sentence and exit code 1, never in a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MuseError as error:
+            click.secho(error.what, fg="red", err=True)
+            click.echo(f"Next: {error.next_step}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_ExplainedGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Keep the MUSE search indexes fresh, exact and safely deployed.
+
+    Settings are environment variables (MUSE_...); with none set everything lives in .muse/.
+    """
+
+
+for command in (
+    run,
+    sample,
+    ui,
+    info,
+    search,
+    deploy,
+    rollback,
+    verify,
+    train_faiss,
+    add_faiss,
+    add_daily_faiss,
+    info_faiss,
+    cache_playlist,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the `muse` script."""
+    sys.exit(cli())

@@ -1,0 +1,218 @@
+"""Commands that look and change nothing: info, search, verify."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from muse_assets.catalog import Catalog, IndexSpec
+    from muse_assets.settings import Settings
+
+_PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command("info_faiss")
+@click.option("--input", "path", type=_PATH, required=True, help="Index file.")
+@click.option("--dimension", type=int, help="Fail unless the file has this dimension.")
+def info_faiss(path: Path, dimension: int | None) -> None:
+    """Print an index file's nlist, is_trained, ntotal and d (legacy verb)."""
+    from muse_assets.failures import PermanentFailure
+    from muse_assets.ivfpq.files import describe
+
+    facts = describe(path)
+    if dimension not in (None, facts.dimension):
+        raise PermanentFailure(
+            f"{path} has dimension {facts.dimension}, not {dimension}.", next_step="name the right file."
+        )
+    click.echo(f"nlist: {facts.nlist}")
+    click.echo(f"is_trained: {facts.is_trained}")
+    click.echo(f"ntotal: {facts.ntotal}")
+    click.echo(f"d: {facts.dimension}")
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[INDEX]...")
+def info(names: tuple[str, ...]) -> None:
+    """Every index at a glance: what is live, how old, how good, and what is built."""
+    from rich.console import Console
+
+    from muse_assets.cli.summary import show_rows
+    from muse_assets.settings import Settings
+
+    settings = Settings()
+    catalog = settings.load_catalog()
+    specs = [catalog.index(name) for name in names] or list(catalog.indexes)
+    columns = (
+        "index",
+        "live day",
+        "rows",
+        "ntotal",
+        "nlist",
+        "nprobe",
+        "recall@10",
+        "MB",
+        "sha256",
+        "backups",
+    )
+    rows = [_info_row(settings, spec) for spec in specs]
+    show_rows(Console(soft_wrap=True), (*columns, "newest built"), rows)
+    click.echo(f"server directory: {settings.server_directory()}")
+    click.echo(f"work directory:   {settings.work_directory()}")
+    click.echo(
+        "rows: vectors in the file; ntotal: largest id + 1, which the server checks playlist ids against"
+    )
+
+
+def _info_row(settings: Settings, spec: IndexSpec) -> Sequence[object]:
+    from muse_assets.publishing.backups import backups
+    from muse_assets.publishing.live import live_file
+    from muse_assets.snapshots.store import snapshots
+
+    server = settings.server_directory()
+    built = next(snapshots(settings.work_directory(), spec), None)
+    newest = built.day.isoformat() if built else "none"
+    live = live_file(server, spec) if server.is_dir() else None
+    if live is None:
+        return (spec.name, "none", *[""] * 8, newest)
+    if live.manifest is None:
+        return (spec.name, "DAMAGED", *[""] * 6, live.sha256[:12], len(backups(spec, server)), newest)
+    facts = live.manifest
+    return (
+        spec.name,
+        facts.partition,
+        facts.rows,
+        facts.ntotal_field,
+        facts.nlist,
+        facts.nprobe,
+        f"{facts.recall_at_10:.3f}",
+        f"{facts.size / 1e6:.1f}",
+        live.sha256[:12],
+        len(backups(spec, server)),
+        newest,
+    )
+
+
+@click.command()
+@click.argument("index")
+@click.option("--idx", type=int, help="Search with the vector of this table row.")
+@click.option("--song", metavar="DISC[/TRACK]", help="Search with this song's first row.")
+@click.option("--program", "program_id", help="Only songs of this program, as cached in Redis.")
+@click.option("-k", "k", type=click.IntRange(1, 1000), default=10, show_default=True)
+def search(index: str, idx: int | None, song: str | None, program_id: str | None, k: int) -> None:
+    """Nearest songs from the deployed file, exactly as the search server finds them."""
+    from rich.console import Console
+
+    from muse_assets.cli.summary import show_rows
+    from muse_assets.connections.databases import engine_for
+    from muse_assets.server_search import search as search_live
+    from muse_assets.server_search import stored_vector
+    from muse_assets.settings import Settings
+
+    if (idx is None) == (song is None):
+        raise click.UsageError("Give either --idx or --song.")
+    settings = Settings()
+    catalog = settings.load_catalog()
+    spec = catalog.index(index)
+    engine = engine_for(settings.embedding_url())
+    idx = _first_row(settings, spec, song) if idx is None and song else idx
+    assert idx is not None  # noqa: S101  (one of the two was given)
+    answer = search_live(
+        engine,
+        spec,
+        settings.server_directory() / spec.live_file,
+        stored_vector(engine, spec, idx),
+        k=k,
+        playlist_ids=_program_ids(settings, catalog, program_id, spec) if program_id else None,
+    )
+    titles = _titles(settings, catalog, [hit.song_key for hit in answer.hits])
+    console = Console(soft_wrap=True)
+    within = "" if answer.allowed is None else f" among {answer.allowed:,} ids of {program_id}"
+    console.print(f"{spec.name}, row {idx}, nprobe {answer.nprobe}{within}:", highlight=False)
+    rows = [
+        (f"{hit.distance:.4f}", str(hit.idx), "/".join(hit.song_key), *titles.get(hit.song_key, ("", "")))
+        for hit in answer.hits
+    ]
+    show_rows(console, ("distance", "idx", "song", "title", "artist"), rows)
+    if len(answer.hits) < k:
+        cut = f", within distance {spec.distance_cut}" if spec.distance_cut else ""
+        console.print(f"{len(answer.hits)} of {k} asked for{cut}.", highlight=False)
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[INDEX]...")
+def verify(names: tuple[str, ...]) -> None:
+    """Hash every live file, backup, snapshot and cluster, and name what is damaged."""
+    from rich.console import Console
+
+    from muse_assets.cli.summary import show_rows
+    from muse_assets.failures import PermanentFailure
+    from muse_assets.publishing.verifying import verify as verify_directory
+    from muse_assets.settings import Settings
+    from muse_assets.snapshots.cluster import load_cluster
+
+    settings = Settings()
+    catalog = settings.load_catalog()
+    specs = [catalog.index(name) for name in names] or list(catalog.indexes)
+    rows = []
+    for spec in specs:
+        for directory in (settings.server_directory(), settings.work_directory()):
+            rows += [(f.state, str(f.path), f.what) for f in verify_directory(directory, spec)]
+        cluster = settings.work_directory() / spec.cluster_file
+        if cluster.exists():
+            try:
+                rows.append(("ok", str(cluster), f"cluster {load_cluster(cluster, spec).fingerprint[:12]}"))
+            except PermanentFailure as error:
+                rows.append(("damaged", str(cluster), error.what))
+    bad = [row for row in rows if row[0] != "ok"]
+    console = Console(soft_wrap=True)
+    show_rows(console, ("state", "file", "what"), bad or rows)
+    console.print(f"{len(rows)} files, {len(bad)} of them not as published.", highlight=False)
+    if bad:
+        click.echo(
+            "Next: `muse rollback INDEX` puts a good backup live, `muse deploy INDEX --replace-damaged` the "
+            "newest snapshot, `muse run --rebuild --index INDEX` builds everything of an index anew."
+        )
+        sys.exit(1)
+
+
+def _first_row(settings: Settings, spec: IndexSpec, song: str) -> int:
+    from muse_assets.connections.databases import engine_for
+    from muse_assets.failures import PermanentFailure
+    from muse_assets.playlists.ids import index_ids
+
+    disc, _, track = song.partition("/")
+    ids = index_ids(engine_for(settings.embedding_url()), spec, [(disc.strip(), track.strip())])
+    if not len(ids):
+        raise PermanentFailure(
+            f"{spec.name}: {spec.table} has no row of song {song}.",
+            next_step="give DISC/TRACK as in disccommseq and trackno, for example 0000012/03.",
+        )
+    return int(ids[0]) - spec.id_offset
+
+
+def _program_ids(settings: Settings, catalog: Catalog, program_id: str, spec: IndexSpec) -> NDArray[np.int64]:
+    from muse_assets.definitions import build_resources
+    from muse_assets.playlists.cache import read_ids
+
+    with build_resources(settings)["redis"].client() as client:
+        return read_ids(client, catalog.program(program_id), spec.name)
+
+
+def _titles(
+    settings: Settings, catalog: Catalog, keys: Sequence[tuple[str, ...]]
+) -> dict[tuple[str, ...], tuple[str, str]]:
+    from muse_assets.connections.databases import engine_for
+    from muse_assets.playlists.songs import song_titles
+
+    songs = [(key[0], key[1]) for key in keys if len(key) == 2]
+    found = song_titles(engine_for(settings.playlist_url()), catalog, settings.playlist_layout, songs)
+    return {(disc, track): title for (disc, track), title in found.items()}

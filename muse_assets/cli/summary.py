@@ -1,0 +1,120 @@
+"""Tables for a terminal: what a run did, what is live, what was sampled.
+
+Here: layout. Not here: finding out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from muse_assets.catalog import Catalog, IndexSpec
+from muse_assets.cli.launching import Outcome
+from muse_assets.sample.day_one import SampleSummary
+from muse_assets.sample.further_days import DaySummary
+from muse_assets.settings import Settings
+
+_COUNTS = ("dagster/row_count", "added", "removed", "reembedded", "rejected")
+
+
+def show_indexes(
+    console: Console, settings: Settings, specs: Sequence[IndexSpec], outcomes: Mapping[str, Outcome]
+) -> None:
+    """One line an index: what was built and what is live."""
+    table = _table("index", "build", "rows", "added", "removed", "re-embedded", "rejected")
+    for name in ("recall@10", "seconds", "live file"):
+        table.add_column(name, justify="left" if name == "live file" else "right")
+    modes = set()
+    for spec in specs:
+        facts = outcomes[spec.name].metadata.get(f"{spec.name}/index")
+        live = outcomes[spec.name].metadata.get(f"{spec.name}/deployed")
+        cluster = outcomes[spec.name].metadata.get(f"{spec.name}/cluster", {})
+        if not outcomes[spec.name].success or facts is None or live is None:
+            table.add_row(spec.name, "[red]failed", *[""] * 7, "unchanged")
+            continue
+        modes.add(facts["mode"])
+        seconds = facts["seconds"] + live["seconds"] + cluster.get("seconds", 0)
+        table.add_row(
+            spec.name,
+            facts["mode"],
+            *(
+                f"{facts[key]:,}"
+                for key in ("dagster/row_count", "added", "removed", "reembedded", "rejected")
+            ),
+            f"{facts['recall_at_10']:.3f}",
+            f"{seconds:.1f}",
+            spec.live_file + (" (was live)" if live["already_live"] else " (new)"),
+        )
+    console.print(table)
+    if modes == {"unchanged"}:
+        console.print("Nothing new: every table is as it was indexed; no file was written or replaced.")
+    console.print(f"Live files: {settings.server_directory()}", highlight=False)
+
+
+def show_playlists(console: Console, catalog: Catalog, outcomes: Mapping[str, Outcome]) -> None:
+    """The programs' keys: one line a program, one column an index."""
+    table = Table("program", "title", box=SIMPLE_HEAD)
+    for spec in catalog.indexes:
+        table.add_column(spec.name, justify="right")
+    keys = 0
+    for program in catalog.programs:
+        facts = outcomes[program.id].metadata.get("playlist_cache")
+        if not outcomes[program.id].success or facts is None:
+            table.add_row(program.id, program.title, "[red]failed")
+            continue
+        counts = [facts[f"ids_{spec.name}"] for spec in catalog.indexes]
+        keys += len(counts)
+        table.add_row(program.id, program.title, *(f"{count:,}" for count in counts))
+    console.print(table)
+    example = catalog.programs[0].ids_key(catalog.indexes[0].name)
+    console.print(
+        f"{keys} playlist keys such as {example}, {keys // len(catalog.indexes)} playlist_update keys.",
+        highlight=False,
+    )
+
+
+def show_failures(console: Console, outcomes: Mapping[str, Outcome]) -> None:
+    """What each failed run said, in full."""
+    for outcome in outcomes.values():
+        if not outcome.success:
+            console.print(f"[red]FAILED[/red] (run {outcome.run_id[:8]})", highlight=False)
+            console.print(outcome.failure, markup=False, highlight=False)
+
+
+def show_sample(console: Console, done: SampleSummary) -> None:
+    """What the sample's first day wrote."""
+    console.print(
+        f"Sample catalog written: {done.songs:,} songs, "
+        + ", ".join(f"{count:,} {name}" for name, count in done.rows.items())
+        + " rows.",
+        highlight=False,
+    )
+
+
+def show_sample_days(console: Console, days: Iterable[DaySummary]) -> None:
+    """What further days wrote."""
+    table = _table("day", "index", "inserted", "late", "deleted", "re-embedded")
+    for day in days:
+        for name, counts in day.tables.items():
+            values = (counts.inserted, counts.late, counts.deleted, counts.reembedded)
+            table.add_row(day.day.isoformat(), name, *map(str, values))
+    console.print(table)
+
+
+def show_rows(console: Console, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A plain table."""
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for position, name in enumerate(columns):
+        table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
+    return table
