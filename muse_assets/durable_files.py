@@ -48,8 +48,9 @@ def locked(lock_file: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     flock and not lockf: a POSIX lock is lost as soon as any descriptor of the file closes.
     Raises Conflict when another process still holds it after `wait_seconds`.
     """
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with _explained(lock_file):
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         deadline = time.monotonic() + wait_seconds
         while True:
@@ -59,7 +60,7 @@ def locked(lock_file: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise Conflict(
-                        f"Another process is at work on this index (lock {lock_file}).",
+                        f"Another process is at work here: it holds the lock {lock_file}.",
                         next_step="let it finish; this run changed nothing and can be launched again.",
                     ) from None
                 time.sleep(0.05)
@@ -143,8 +144,12 @@ def commit(staged: Staged) -> None:
     Raises PassingFailure when the outcome cannot be confirmed: after the rename an error means
     *unknown*, so nothing is deleted and the next run reads back and decides.
     """
-    with _explained(staged.target):
-        staged.path.replace(staged.target)
+    try:
+        with _explained(staged.target):
+            staged.path.replace(staged.target)
+    except BaseException:
+        discard(staged)
+        raise
     try:
         fsync_directory(staged.target.parent)
         confirmed = file_sha256(staged.target) == staged.sha256
@@ -164,7 +169,8 @@ def discard(staged: Staged) -> None:
 
 def write_text(target: Path, text: str) -> None:
     """Replace a small text file (UTF-8) atomically and durably."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     content = text.encode("utf-8")
     commit(stage(target, lambda write: write(content)))
 
@@ -177,9 +183,11 @@ def link(source: Path, target: Path) -> None:
     temp = target.parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}{_TEMP_SUFFIX}"
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temp.hardlink_to(source)
-        temp.replace(target)
-        temp.unlink(missing_ok=True)  # renaming onto the same inode leaves both names
+        try:
+            temp.hardlink_to(source)
+            temp.replace(target)
+        finally:
+            temp.unlink(missing_ok=True)  # renaming onto the same inode leaves both names
         fsync_directory(target.parent)
 
 

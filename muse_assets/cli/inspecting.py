@@ -43,9 +43,7 @@ def info_faiss(path: Path, dimension: int | None) -> None:
 @click.argument("names", nargs=-1, metavar="[INDEX]...")
 def info(names: tuple[str, ...]) -> None:
     """Every index at a glance: what is live, how old, how good, and what is built."""
-    from rich.console import Console
-
-    from muse_assets.cli.summary import show_rows
+    from muse_assets.cli.summary import show_rows, terminal
     from muse_assets.settings import Settings
 
     settings = Settings()
@@ -64,7 +62,7 @@ def info(names: tuple[str, ...]) -> None:
         "backups",
     )
     rows = [_info_row(settings, spec) for spec in specs]
-    show_rows(Console(soft_wrap=True), (*columns, "newest built"), rows)
+    show_rows(terminal(), (*columns, "newest built"), rows)
     click.echo(f"server directory: {settings.server_directory()}")
     click.echo(f"work directory:   {settings.work_directory()}")
     click.echo(
@@ -109,9 +107,7 @@ def _info_row(settings: Settings, spec: IndexSpec) -> Sequence[object]:
 @click.option("-k", "k", type=click.IntRange(1, 1000), default=10, show_default=True)
 def search(index: str, idx: int | None, song: str | None, program_id: str | None, k: int) -> None:
     """Nearest songs from the deployed file, exactly as the search server finds them."""
-    from rich.console import Console
-
-    from muse_assets.cli.summary import show_rows
+    from muse_assets.cli.summary import show_rows, terminal
     from muse_assets.connections.databases import engine_for
     from muse_assets.server_search import search as search_live
     from muse_assets.server_search import stored_vector
@@ -134,7 +130,7 @@ def search(index: str, idx: int | None, song: str | None, program_id: str | None
         playlist_ids=_program_ids(settings, catalog, program_id, spec) if program_id else None,
     )
     titles = _titles(settings, catalog, [hit.song_key for hit in answer.hits])
-    console = Console(soft_wrap=True)
+    console = terminal()
     within = "" if answer.allowed is None else f" among {answer.allowed:,} ids of {program_id}"
     console.print(f"{spec.name}, row {idx}, nprobe {answer.nprobe}{within}:", highlight=False)
     rows = [
@@ -151,9 +147,7 @@ def search(index: str, idx: int | None, song: str | None, program_id: str | None
 @click.argument("names", nargs=-1, metavar="[INDEX]...")
 def verify(names: tuple[str, ...]) -> None:
     """Hash every live file, backup, snapshot and cluster, and name what is damaged."""
-    from rich.console import Console
-
-    from muse_assets.cli.summary import show_rows
+    from muse_assets.cli.summary import show_rows, terminal
     from muse_assets.failures import PermanentFailure
     from muse_assets.publishing.verifying import verify as verify_directory
     from muse_assets.settings import Settings
@@ -173,7 +167,7 @@ def verify(names: tuple[str, ...]) -> None:
             except PermanentFailure as error:
                 rows.append(("damaged", str(cluster), error.what))
     bad = [row for row in rows if row[0] != "ok"]
-    console = Console(soft_wrap=True)
+    console = terminal()
     show_rows(console, ("state", "file", "what"), bad or rows)
     console.print(f"{len(rows)} files, {len(bad)} of them not as published.", highlight=False)
     if bad:

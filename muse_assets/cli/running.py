@@ -35,13 +35,12 @@ def run(names: tuple[str, ...], rebuild: bool) -> None:
     written first.
     """
     import dagster as dg
-    from rich.console import Console
 
     from muse_assets.cli import summary
     from muse_assets.cli.launching import dagster_home
     from muse_assets.settings import Settings
 
-    settings, console = Settings(), Console(soft_wrap=True)
+    settings, console = Settings(), summary.terminal()
     catalog = settings.load_catalog()
     specs = [catalog.index(name) for name in names] or list(catalog.indexes)
     with _progress(console) as report, _embedded_redis(settings):
@@ -71,15 +70,13 @@ def run(names: tuple[str, ...], rebuild: bool) -> None:
 @click.option("--seed", type=int, default=2026, show_default=True)
 def sample(songs: int, days: int, url: str | None, seed: int) -> None:
     """Write the sample catalog, or further days of inserts, deletes, late rows and re-embeddings."""
-    from rich.console import Console
-
     from muse_assets.cli import summary
     from muse_assets.connections.databases import engine_for
     from muse_assets.sample.day_one import write_sample
     from muse_assets.sample.further_days import write_days
     from muse_assets.settings import Settings
 
-    settings, console = Settings(), Console(soft_wrap=True)
+    settings, console = Settings(), summary.terminal()
     catalog = settings.load_catalog()
     embeddings = engine_for(url or settings.embedding_url())
     playlists = engine_for(url or settings.playlist_url())
@@ -126,7 +123,6 @@ def ui(port: int) -> None:
 
 def _deploy(name: str, **options: Any) -> None:
     import dagster as dg
-    from rich.console import Console
 
     from muse_assets.assets.index_lane import deployed_key
     from muse_assets.automation import DEPLOY, deploy_config
@@ -135,7 +131,7 @@ def _deploy(name: str, **options: Any) -> None:
     from muse_assets.definitions import build_defs
     from muse_assets.settings import Settings
 
-    settings, console = Settings(), Console(soft_wrap=True)
+    settings, console = Settings(), summary.terminal()
     spec = settings.load_catalog().index(name)
     dagster_home(settings)
     with dg.DagsterInstance.get() as instance:

@@ -21,6 +21,12 @@ from muse_assets.settings import Settings
 _COUNTS = ("dagster/row_count", "added", "removed", "reembedded", "rejected")
 
 
+def terminal() -> Console:
+    """Where commands print; a log or a pipe is as wide as the tables need."""
+    console = Console(soft_wrap=True)
+    return console if console.is_terminal else Console(soft_wrap=True, width=160)
+
+
 def show_indexes(
     console: Console, settings: Settings, specs: Sequence[IndexSpec], outcomes: Mapping[str, Outcome]
 ) -> None:

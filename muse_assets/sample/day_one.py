@@ -32,7 +32,7 @@ from muse_assets.sample.tables import (
 
 DAY_ONE = date(2026, 1, 1)
 
-# 2,000 rows of 1,024 floats are 8 MB; drawing and encoding them peaks at about eight times that.
+# 2,000 rows of 1,024 floats are 8 MB; a process that writes 100,000 peaks at 122 MB in all.
 _BLOCK = 2_000
 
 Progress = Callable[[str, int, int], None]

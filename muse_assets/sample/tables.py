@@ -218,7 +218,7 @@ def _npy_shape(spec: IndexSpec) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """What numpy itself writes before the data; `numpy.save` row by row takes ten times as long."""
+    """What numpy itself writes before the data; `numpy.save` row by row takes twice as long."""
     file = io.BytesIO()
     empty = np.zeros(shape, dtype="<f4")
     np.save(file, empty, allow_pickle=False)
