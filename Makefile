@@ -1,0 +1,43 @@
+# `make run` and `make test` do all the set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The search server's own FAISS: tests load our files with it.
+SERVER_VENV := .venv-server
+SERVER_FAISS := faiss-cpu==1.11.0.post1
+
+.DEFAULT_GOAL := help
+.PHONY: help run ui test lint clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+run: $(VENV)/.ready  ## The whole daily job; with nothing set, on the sample catalog in .muse/
+	@$(BIN)/muse run
+
+ui: $(VENV)/.ready  ## Open the Dagster UI at http://127.0.0.1:3000
+	@$(BIN)/muse ui
+
+test: $(VENV)/.ready $(SERVER_VENV)/.ready  ## All tests, on SQLite + Valkey and on MariaDB + Redis
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready  ## Format, lint, types, and that Dagster loads the definitions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/dagster definitions validate -w workspace.yaml
+
+clean:  ## Remove the environments and the embedded data
+	rm -rf $(VENV) $(SERVER_VENV) .muse
+
+$(VENV)/.ready: setup.py
+	@echo "Setting up $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(SERVER_VENV)/.ready: Makefile
+	@echo "Setting up $(SERVER_VENV) with $(SERVER_FAISS) (once)"
+	@$(PYTHON) -m venv $(SERVER_VENV)
+	@$(SERVER_VENV)/bin/pip install --quiet --disable-pip-version-check '$(SERVER_FAISS)' 'numpy<3'
+	@touch $@
