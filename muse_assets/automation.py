@@ -53,6 +53,7 @@ def build_jobs(catalog: Catalog) -> list[Any]:
         dg.define_asset_job(
             REBUILD,
             dg.AssetSelection.assets(*clusters, *indexes, *deployed),
+            config={"ops": {key.to_python_identifier(): {"config": {"full": True}} for key in indexes}},
             executor_def=_EXECUTOR,
             description="First installation and recovery from nothing: train, build in full, deploy. Choose "
             "fewer indexes by materializing their three assets.",
@@ -104,11 +105,11 @@ def build_schedule(catalog: Catalog, *, running: bool) -> dg.ScheduleDefinition:
 
 @dataclass(frozen=True)
 class Event:
-    """One materialization: its place in the event log, its day and its content."""
+    """One build or deploy: its place in the event log, its day, and whether it was a rollback."""
 
     storage_id: int
     partition: str
-    sha256: str
+    rollback: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def read_cursor(text: str | None) -> Cursor:
         content = json.loads(text or "{}")
         builds = {str(name): int(storage_id) for name, storage_id in content.get("builds", {}).items()}
         return Cursor(builds, int(content.get("followed", 0)))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return Cursor()
 
 
@@ -137,17 +138,19 @@ def write_cursor(cursor: Cursor) -> str:
 def build_to_deploy(seen: int, builds: Sequence[Event], deployed: Event | None) -> Event | None:
     """The build that should go live now, if any: the newest day's newest one, unless it was dealt with.
 
-    A build older than the last deploy counts as dealt with when that deploy was of its day or a later
-    one: it was deployed in the same run, or by hand.
+    A build that is older than the last deploy counts as dealt with when that deploy was of its day or a
+    later one (in the same run, or by hand), or a rollback: what an operator took back stays back.
     """
     if not builds:
         return None
     newest = max(builds, key=lambda event: (event.partition, event.storage_id))
     if newest.storage_id <= seen:
         return None
-    if deployed and deployed.partition > newest.partition:
+    if deployed is None:
+        return newest
+    if deployed.storage_id > newest.storage_id and deployed.rollback:
         return None
-    if deployed and deployed.storage_id > newest.storage_id and deployed.partition >= newest.partition:
+    if (deployed.partition, deployed.storage_id) > (newest.partition, newest.storage_id):
         return None
     return newest
 
@@ -175,7 +178,7 @@ def build_deploy_sensor(
         requests, builds = [], dict(cursor.builds)
         for spec in catalog.indexes:
             seen = builds.get(spec.name, 0)
-            found = _events(instance, index_key(spec))
+            found = _builds_of_newest_day(instance, index_key(spec))
             wanted = build_to_deploy(seen, found, live[spec.name])
             if wanted:
                 requests.append(_deploy_request(spec, wanted))
@@ -242,20 +245,29 @@ def _runs_in_progress(instance: dg.DagsterInstance) -> Mapping[str, int]:
     return counts
 
 
-def _events(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[Event]:
-    records = instance.fetch_materializations(key, limit=_LOOK_BACK).records
-    return [
-        Event(record.storage_id, str(partition), str(sha256.value))
-        for record in records
-        if (found := record.asset_materialization)
-        and (sha256 := found.metadata.get("sha256"))
-        and (partition := record.partition_key or found.metadata["partition"].value)
-    ]
+def _builds_of_newest_day(instance: dg.DagsterInstance, key: dg.AssetKey) -> list[Event]:
+    """By day and not by time: a backfill of old days may have pushed the newest far down the log."""
+    days = sorted(instance.get_materialized_partitions(key), reverse=True)
+    found = (_events(instance, dg.AssetRecordsFilter(asset_key=key, asset_partitions=[day])) for day in days)
+    return next(filter(None, found), [])
 
 
 def _newest(instance: dg.DagsterInstance, key: dg.AssetKey) -> Event | None:
-    records = instance.fetch_materializations(key, limit=1).records
-    return next(iter(_events(instance, key)), None) if records else None
+    return next(iter(_events(instance, key)), None)
+
+
+def _events(instance: dg.DagsterInstance, key: dg.AssetKey | dg.AssetRecordsFilter) -> list[Event]:
+    """Newest first. A materialization without our metadata was reported by hand: it made no file."""
+    return [
+        Event(record.storage_id, str(partition), bool(_value(metadata, "rollback")))
+        for record in instance.fetch_materializations(key, limit=_LOOK_BACK).records
+        if record.asset_materialization and "sha256" in (metadata := record.asset_materialization.metadata)
+        if (partition := record.partition_key or _value(metadata, "partition"))
+    ]
+
+
+def _value(metadata: Mapping[str, dg.MetadataValue[Any]], name: str) -> Any:
+    return metadata[name].value if name in metadata else None
 
 
 def _newest_storage_id(instance: dg.DagsterInstance, key: dg.AssetKey) -> int:

@@ -49,20 +49,22 @@ def build_resources(settings: Settings) -> dict[str, Any]:
         ),
         "playlist_database": Database(url=_from_environment("MUSE_PLAYLIST_DB_URL", settings.playlist_url())),
         "redis": RedisServer(
-            url=_from_environment("MUSE_REDIS_URL", ""), embedded_directory=str(settings.root / "valkey")
+            url=_from_environment("MUSE_REDIS_URL", settings.redis_address()),
+            embedded_directory=str(settings.root / "valkey"),
         ),
         "work_directory": WorkDirectory(path=str(settings.work_directory())),
         "server_directory": ServerDirectory(
             path=str(settings.server_directory()),
             create=settings.server_dir is None,
-            reload=settings.reload,
-            reload_health=settings.reload_health,
+            # URLs of the two may carry a token.
+            reload=_from_environment("MUSE_RELOAD", settings.reload),
+            reload_health=_from_environment("MUSE_RELOAD_HEALTH", settings.reload_health),
         ),
         "progress": ProgressLog(),
     }
 
 
-def _from_environment(name: str, default: str) -> Any:
+def _from_environment(name: str, default: str | None) -> Any:
     return dg.EnvVar(name) if os.environ.get(name) else default
 
 

@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 from muse_assets.connections.databases import engine_for
 from muse_assets.connections.embedded_valkey import embedded_valkey
 from muse_assets.connections.redis_server import connect
+from muse_assets.failures import PermanentFailure
 from muse_assets.snapshots.progress import Progress
 
 
@@ -52,10 +53,8 @@ class WorkDirectory(dg.ConfigurableResource[Any]):
     path: str
 
     def ready(self) -> Path:
-        """The directory, existing."""
-        directory = Path(self.path)
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory
+        """The directory, existing; PermanentFailure if it cannot be created."""
+        return _made(Path(self.path), "MUSE_WORK_DIR")
 
 
 class ServerDirectory(dg.ConfigurableResource[Any]):
@@ -70,11 +69,20 @@ class ServerDirectory(dg.ConfigurableResource[Any]):
     reload_health: str | None = None
 
     def ready(self) -> Path:
-        """The directory; created only where that is allowed."""
+        """The directory; created only where that is allowed, PermanentFailure if it cannot be."""
         directory = Path(self.path)
-        if self.create:
-            directory.mkdir(parents=True, exist_ok=True)
-        return directory
+        return _made(directory, "MUSE_SERVER_DIR") if self.create else directory
+
+
+def _made(directory: Path, setting: str) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermanentFailure(
+            f"The directory {directory} cannot be created: {error.strerror or error}.",
+            next_step=f"remove what is in its place or grant this user access, or correct {setting}.",
+        ) from error
+    return directory
 
 
 class ProgressLog:

@@ -1,7 +1,7 @@
 """What an installation sets by environment variable, with the embedded default for each.
 
-Here: names, defaults and validation. Not here: connecting (`resources/`). Secrets (database and Redis
-passwords) exist only in these variables; `repr` hides them.
+Here: names, defaults and validation. Not here: connecting (`resources/`). Secrets (passwords and
+tokens in URLs) exist only in these variables; `repr` hides them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,13 @@ class Settings(BaseSettings):
     playlist_layout: Literal["song_tables", "song_pool"] = Field(
         "song_tables", description="One table per program, or one pool table with a program column"
     )
-    reload: str | None = Field(None, description="Command or http(s) URL (POST) after the day's deploys")
-    reload_health: str | None = Field(None, description="Command or http(s) URL (GET) that must then succeed")
+    # These two may carry a token.
+    reload: str | None = Field(
+        None, repr=False, description="Command or http(s) URL (POST) after the day's deploys"
+    )
+    reload_health: str | None = Field(
+        None, repr=False, description="Command or http(s) URL (GET) that must then succeed"
+    )
     automation: Literal["running", "stopped"] = Field(
         "stopped", description="Initial state of the schedule and the deploy sensor"
     )
@@ -49,6 +54,10 @@ class Settings(BaseSettings):
     def playlist_url(self) -> str:
         """SQLAlchemy URL of the playlist database. May hold a password: never log it."""
         return _secret_or(self.playlist_db_url, f"sqlite:///{self.root / 'playlists.sqlite'}")
+
+    def redis_address(self) -> str:
+        """URL of Redis, empty for the embedded Valkey. May hold a password: never log it."""
+        return _secret_or(self.redis_url, "")
 
     def work_directory(self) -> Path:
         """Folder of clusters and snapshots."""

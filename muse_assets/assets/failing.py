@@ -5,7 +5,7 @@ each failure brings along.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import dagster as dg
 
@@ -16,16 +16,20 @@ RETRY_PASSING = dg.RetryPolicy(max_retries=2, delay=15, backoff=dg.Backoff.EXPON
 
 
 @contextlib.contextmanager
-def red_run(subject: str, still_live: str) -> Iterator[None]:
-    """Turn a MuseError into a Failure: what happened to `subject`, what is still live, what to do.
+def red_run(subject: str, still_live: Callable[[], str]) -> Iterator[None]:
+    """Turn a MuseError into a Failure: what happened to `subject`, what is live now, what to do.
 
-    Retries are left to `RETRY_PASSING`, and only where trying again can help.
+    `still_live` is asked after the failure: what was true before a publication may not be so any more.
+    Retries are left to `RETRY_PASSING`, and only where trying again can help. The last try is not one of
+    them: Dagster would show "Exceeded max_retries" in place of these words.
     """
     try:
         yield
     except MuseError as error:
+        live = still_live()
+        tries = dg.AssetExecutionContext.get().op_execution_context.retry_number
         raise dg.Failure(
-            description=f"{subject}: {error.what}\nLive: {still_live}\nNext: {error.next_step}",
-            metadata={"next_step": error.next_step, "still_live": still_live},
-            allow_retries=isinstance(error, PassingFailure),
+            description=f"{subject}: {error.what}\nLive: {live}\nNext: {error.next_step}",
+            metadata={"next_step": error.next_step, "still_live": live},
+            allow_retries=isinstance(error, PassingFailure) and tries < RETRY_PASSING.max_retries,
         ) from None

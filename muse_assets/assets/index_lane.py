@@ -7,6 +7,7 @@ when it runs (`automation`).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _cluster(spec: IndexSpec) -> dg.AssetsDefinition:
         server_directory: ServerDirectory,
         progress: dg.ResourceParam[ProgressLog],
     ) -> dg.MaterializeResult:
-        with red_run(f"{spec.name} · cluster", _still_live(spec, server_directory)):
+        with red_run(f"{spec.name} · cluster", partial(_live_now, spec, server_directory)):
             manifest = train_cluster(
                 embedding_database.engine,
                 spec,
@@ -172,8 +173,7 @@ def _index(spec: IndexSpec) -> dg.AssetsDefinition:
         progress: dg.ResourceParam[ProgressLog],
     ) -> Iterator[Any]:
         day = context.partition_key
-        live = _still_live(spec, server_directory)
-        with red_run(f"{spec.name} · index {day}", live):
+        with red_run(f"{spec.name} · index {day}", partial(_live_now, spec, server_directory)):
             try:
                 built = build_snapshot(
                     embedding_database.engine,
@@ -188,8 +188,6 @@ def _index(spec: IndexSpec) -> dg.AssetsDefinition:
                 for check in failed.checks:
                     yield check_result(key, check)
                 raise
-        for check in built.checks:
-            yield check_result(key, check)
         context.log_event(
             dg.AssetObservation(
                 table_key(spec),
@@ -204,6 +202,8 @@ def _index(spec: IndexSpec) -> dg.AssetsDefinition:
             asset_key=key,
             metadata=index_metadata(built),
             data_version=dg.DataVersion(built.manifest.sha256),
+            # With the result and not before it, so that each outcome points at this materialization.
+            check_results=[check_result(key, check) for check in built.checks],
         )
 
     return index
@@ -229,7 +229,7 @@ def _deployed(spec: IndexSpec) -> dg.AssetsDefinition:
         work_directory: WorkDirectory,
         server_directory: ServerDirectory,
     ) -> dg.MaterializeResult:
-        with red_run(f"{spec.name} · deploy", _still_live(spec, server_directory)):
+        with red_run(f"{spec.name} · deploy", partial(_live_now, spec, server_directory)):
             work, server = work_directory.ready(), server_directory.ready()
             deployment = (
                 rollback(spec, server, to=config.rollback_to or None)
@@ -246,9 +246,12 @@ def _deployed(spec: IndexSpec) -> dg.AssetsDefinition:
         if removed:
             context.log.info(f"retention removed {len(removed)} files from {work}")
         return dg.MaterializeResult(
-            metadata=deployment_metadata(
-                deployment, manifest, len(backups(spec, server)), str(server / spec.live_file)
-            ),
+            metadata={
+                **deployment_metadata(
+                    deployment, manifest, len(backups(spec, server)), str(server / spec.live_file)
+                ),
+                "rollback": config.rollback,
+            },
             data_version=dg.DataVersion(deployment.sha256),
         )
 
@@ -279,8 +282,8 @@ def _chosen_snapshot(spec: IndexSpec, work: Path, partition: str) -> Snapshot:
     )
 
 
-def _still_live(spec: IndexSpec, server_directory: ServerDirectory) -> str:
-    """What the server keeps serving if this step fails."""
+def _live_now(spec: IndexSpec, server_directory: ServerDirectory) -> str:
+    """What the server finds at its next start, after this step failed."""
     try:
         live = live_file(Path(server_directory.path), spec)
     except MuseError as error:
@@ -292,6 +295,4 @@ def _still_live(spec: IndexSpec, server_directory: ServerDirectory) -> str:
     if live.manifest is None:
         return f"{spec.live_file} is not what was published (sha256 {live.sha256[:12]})"
     facts = live.manifest
-    return (
-        f"{spec.live_file} of {facts.partition} ({facts.rows:,} rows, sha256 {live.sha256[:12]}), unchanged"
-    )
+    return f"{spec.live_file} of {facts.partition} ({facts.rows:,} rows, sha256 {live.sha256[:12]})"

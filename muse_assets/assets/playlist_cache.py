@@ -3,8 +3,6 @@
 Here: the assets and their metadata. Not here: songs, ids or keys (`playlists/`).
 """
 
-import time
-
 import dagster as dg
 
 from muse_assets.assets.failing import RETRY_PASSING, red_run
@@ -69,9 +67,12 @@ def build_playlist_assets(catalog: Catalog, layout: Layout) -> tuple[dg.AssetSpe
         redis: RedisServer,
     ) -> dg.MaterializeResult:
         program = catalog.program(context.partition_key)
-        still_live = f"the playlist of {program.id} ({program.title}) in Redis, unchanged"
-        with red_run(f"playlist_cache · {program.id}", still_live), redis.client() as client:
+        still_live = (
+            f"the keys of {program.id} ({program.title}) in Redis, which change together or not at all"
+        )
+        with red_run(f"playlist_cache · {program.id}", lambda: still_live), redis.client() as client:
             check_eviction(client)
+            unknown = unknown_programs(playlist_database.engine, catalog) if layout == "song_pool" else []
             refreshed = refresh_program(
                 embedding_database.engine,
                 playlist_database.engine,
@@ -80,9 +81,7 @@ def build_playlist_assets(catalog: Catalog, layout: Layout) -> tuple[dg.AssetSpe
                 program,
                 layout,
                 confirm_shrink=config.confirm_shrink,
-                now=time.time(),
             )
-            unknown = unknown_programs(playlist_database.engine, catalog) if layout == "song_pool" else []
         return dg.MaterializeResult(
             metadata={
                 "program": program.title,

@@ -30,7 +30,7 @@ def build_server_reload(catalog: Catalog) -> dg.AssetsDefinition:
     )
     def server_reload(server_directory: ServerDirectory) -> dg.MaterializeResult:
         still_live = "what each live file holds is said above; files that failed to load went back"
-        with red_run("server_reload", still_live):
+        with red_run("server_reload", lambda: still_live):
             done = reload_server(
                 server_directory.ready(),
                 catalog.indexes,
