@@ -1,14 +1,16 @@
 """What the search server does with a live file and a program's keys, step by step.
 
 Here: a search as the server runs it, for people and for tests of the contract. Not here: anything the
-server does not do. The rules are the server's and cannot change: the stored nprobe, at least 100 with a
-program; playlist ids kept only within 0 <= id < index.ntotal; hits beyond the distance cut dropped.
+server does not do. The rules are the server's and cannot change: the fallback file when the live one does
+not load; the stored nprobe, at least 100 with a program; playlist ids kept only within
+0 <= id < index.ntotal; hits beyond the distance cut dropped.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -35,11 +37,15 @@ class Hit:
 
 @dataclass(frozen=True)
 class Answer:
-    """hits, nearest first; nprobe: lists probed; allowed: playlist ids within range, None without one."""
+    """hits, nearest first; nprobe: lists probed; allowed: playlist ids within range, None without one.
+
+    file: the one that answered, the fallback when the live file did not load.
+    """
 
     hits: tuple[Hit, ...]
     nprobe: int
     allowed: int | None
+    file: Path
 
 
 def stored_vector(engine: Engine, spec: IndexSpec, idx: int) -> NDArray[np.float32]:
@@ -73,12 +79,11 @@ def search(
     k: int = 10,
     playlist_ids: NDArray[np.int64] | None = None,
 ) -> Answer:
-    """The k nearest rows of `query` (1, d) float32 in the live file, within a playlist's ids if given."""
-    if not live.exists():
-        raise PermanentFailure(
-            f"{spec.name}: there is no live file {live}.", next_step=f"deploy {spec.name} first."
-        )
-    index = faiss.read_index(str(live))
+    """The k nearest rows of `query` (1, d) float32 in the live file, within a playlist's ids if given.
+
+    Raises PermanentFailure when neither the live file nor the fallback beside it can be loaded.
+    """
+    index, file = _load(spec, live)
     nprobe, allowed, selector = index.nprobe, None, None
     if playlist_ids is not None:
         allowed_ids = playlist_ids[(playlist_ids >= 0) & (playlist_ids < index.ntotal)]
@@ -93,4 +98,17 @@ def search(
     ]
     with connected(engine, f"looking up {spec.table} by idx") as connection:
         keys = song_keys(connection, spec, np.array([idx for idx, _ in kept], np.int64)) if kept else {}
-    return Answer(tuple(Hit(idx, d, keys.get(idx, ())) for idx, d in kept), nprobe, allowed)
+    return Answer(tuple(Hit(idx, d, keys.get(idx, ())) for idx, d in kept), nprobe, allowed, file)
+
+
+def _load(spec: IndexSpec, live: Path) -> tuple[Any, Path]:
+    """The index that the server would have in memory, and its file."""
+    for path in (live, live.with_name(spec.fallback_file)):
+        try:
+            return faiss.read_index(str(path)), path
+        except RuntimeError:
+            continue
+    raise PermanentFailure(
+        f"{spec.name}: neither {live} nor {spec.fallback_file} beside it can be loaded.",
+        next_step=f"`muse deploy {spec.name}`, with --replace-damaged if the live file is damaged.",
+    )

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import dagster as dg
+from dagster import DagsterExecutionInterruptedError
 
 from muse_assets.failures import MuseError, PassingFailure
 
@@ -25,6 +26,13 @@ def red_run(subject: str, still_live: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except DagsterExecutionInterruptedError:
+        # Dagster would answer "Terminate" by running a step that has a retry policy again.
+        raise dg.Failure(
+            description=f"{subject}: terminated before it was done.\nLive: {still_live()}\n"
+            "Next: launch it again; it starts from what is there.",
+            allow_retries=False,
+        ) from None
     except MuseError as error:
         live = still_live()
         tries = dg.AssetExecutionContext.get().op_execution_context.retry_number

@@ -6,6 +6,8 @@ Here: words, options and tables for a terminal; each command imports what it nee
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -16,9 +18,15 @@ from muse_assets.cli.legacy import add_daily_faiss, add_faiss, cache_playlist, t
 from muse_assets.cli.running import deploy, rollback, run, sample, ui
 from muse_assets.failures import MuseError
 
+_INTERRUPTED = 130
+
 
 class _ExplainedGroup(click.Group):
     """Failures end in one sentence and exit code 1, never in a traceback."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """In the order in which people need them, the legacy verbs last."""
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -27,6 +35,11 @@ class _ExplainedGroup(click.Group):
             click.secho(error.what, fg="red", err=True)
             click.echo(f"Next: {error.next_step}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. Every live file is complete; run the command again to go on.", err=True)
+            sys.stdout.flush()
+            # Not sys.exit, which would wait for the thread of the run that was interrupted.
+            os._exit(_INTERRUPTED)
 
 
 @click.group(cls=_ExplainedGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,4 +70,6 @@ for command in (
 
 def main() -> None:
     """Entry point of the `muse` script."""
+    # `kill`, systemd and cron's time-outs end a command as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(cli())

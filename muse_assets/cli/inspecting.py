@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command("info_faiss")
+@click.command("info_faiss", short_help="Legacy: describe an index file.")
 @click.option("--input", "path", type=_PATH, required=True, help="Index file.")
 @click.option("--dimension", type=int, help="Fail unless the file has this dimension.")
 def info_faiss(path: Path, dimension: int | None) -> None:
@@ -39,14 +39,14 @@ def info_faiss(path: Path, dimension: int | None) -> None:
     click.echo(f"d: {facts.dimension}")
 
 
-@click.command()
+@click.command(short_help="What is live and built, how old and how good.")
 @click.argument("names", nargs=-1, metavar="[INDEX]...")
 def info(names: tuple[str, ...]) -> None:
     """Every index at a glance: what is live, how old, how good, and what is built."""
+    from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.summary import show_rows, terminal
-    from muse_assets.settings import Settings
 
-    settings = Settings()
+    settings = read_settings()
     catalog = settings.load_catalog()
     specs = [catalog.index(name) for name in names] or list(catalog.indexes)
     columns = (
@@ -99,7 +99,7 @@ def _info_row(settings: Settings, spec: IndexSpec) -> Sequence[object]:
     )
 
 
-@click.command()
+@click.command(short_help="Nearest songs, as the search server finds them.")
 @click.argument("index")
 @click.option("--idx", type=int, help="Search with the vector of this table row.")
 @click.option("--song", metavar="DISC[/TRACK]", help="Search with this song's first row.")
@@ -107,15 +107,15 @@ def _info_row(settings: Settings, spec: IndexSpec) -> Sequence[object]:
 @click.option("-k", "k", type=click.IntRange(1, 1000), default=10, show_default=True)
 def search(index: str, idx: int | None, song: str | None, program_id: str | None, k: int) -> None:
     """Nearest songs from the deployed file, exactly as the search server finds them."""
+    from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.summary import show_rows, terminal
     from muse_assets.connections.databases import engine_for
     from muse_assets.server_search import search as search_live
     from muse_assets.server_search import stored_vector
-    from muse_assets.settings import Settings
 
     if (idx is None) == (song is None):
         raise click.UsageError("Give either --idx or --song.")
-    settings = Settings()
+    settings = read_settings()
     catalog = settings.load_catalog()
     spec = catalog.index(index)
     engine = engine_for(settings.embedding_url())
@@ -130,52 +130,69 @@ def search(index: str, idx: int | None, song: str | None, program_id: str | None
         playlist_ids=_program_ids(settings, catalog, program_id, spec) if program_id else None,
     )
     titles = _titles(settings, catalog, [hit.song_key for hit in answer.hits])
-    console = terminal()
     within = "" if answer.allowed is None else f" among {answer.allowed:,} ids of {program_id}"
-    console.print(f"{spec.name}, row {idx}, nprobe {answer.nprobe}{within}:", highlight=False)
+    if answer.file != settings.server_directory() / spec.live_file:
+        click.secho(f"The live file cannot be loaded; answered by {answer.file}.", fg="red", err=True)
+    click.echo(f"{spec.name}, row {idx}, nprobe {answer.nprobe}{within}:")
     rows = [
         (f"{hit.distance:.4f}", str(hit.idx), "/".join(hit.song_key), *titles.get(hit.song_key, ("", "")))
         for hit in answer.hits
     ]
-    show_rows(console, ("distance", "idx", "song", "title", "artist"), rows)
+    show_rows(terminal(), ("distance", "idx", "song", "title", "artist"), rows)
     if len(answer.hits) < k:
         cut = f", within distance {spec.distance_cut}" if spec.distance_cut else ""
-        console.print(f"{len(answer.hits)} of {k} asked for{cut}.", highlight=False)
+        click.echo(f"{len(answer.hits)} of {k} asked for{cut}.")
 
 
-@click.command()
+@click.command(short_help="Hash every file and name what is damaged.")
 @click.argument("names", nargs=-1, metavar="[INDEX]...")
 def verify(names: tuple[str, ...]) -> None:
     """Hash every live file, backup, snapshot and cluster, and name what is damaged."""
+    from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.summary import show_rows, terminal
     from muse_assets.failures import PermanentFailure
+    from muse_assets.publishing.verifying import Finding
     from muse_assets.publishing.verifying import verify as verify_directory
-    from muse_assets.settings import Settings
     from muse_assets.snapshots.cluster import load_cluster
 
-    settings = Settings()
+    settings = read_settings()
     catalog = settings.load_catalog()
     specs = [catalog.index(name) for name in names] or list(catalog.indexes)
-    rows = []
+    found = [
+        (spec, finding)
+        for spec in specs
+        for directory in (settings.server_directory(), settings.work_directory())
+        for finding in verify_directory(directory, spec)
+    ]
     for spec in specs:
-        for directory in (settings.server_directory(), settings.work_directory()):
-            rows += [(f.state, str(f.path), f.what) for f in verify_directory(directory, spec)]
         cluster = settings.work_directory() / spec.cluster_file
         if cluster.exists():
             try:
-                rows.append(("ok", str(cluster), f"cluster {load_cluster(cluster, spec).fingerprint[:12]}"))
+                what = f"cluster {load_cluster(cluster, spec).fingerprint[:12]}"
+                found.append((spec, Finding(cluster, "ok", what)))
             except PermanentFailure as error:
-                rows.append(("damaged", str(cluster), error.what))
-    bad = [row for row in rows if row[0] != "ok"]
-    console = terminal()
-    show_rows(console, ("state", "file", "what"), bad or rows)
-    console.print(f"{len(rows)} files, {len(bad)} of them not as published.", highlight=False)
+                found.append((spec, Finding(cluster, "damaged", error.what)))
+    bad = [(spec, finding) for spec, finding in found if finding.state != "ok"]
+    show_rows(terminal(), ("state", "file", "what"), [(f.state, f.path, f.what) for _, f in bad or found])
+    click.echo(f"{len(found)} files, {len(bad)} of them not as published.")
+    for remedy in dict.fromkeys(_remedy(spec, finding.path) for spec, finding in bad):
+        click.echo(f"Next: {remedy}")
     if bad:
-        click.echo(
-            "Next: `muse rollback INDEX` puts a good backup live, `muse deploy INDEX --replace-damaged` the "
-            "newest snapshot, `muse run --rebuild --index INDEX` builds everything of an index anew."
-        )
         sys.exit(1)
+
+
+def _remedy(spec: IndexSpec, path: Path) -> str:
+    """What makes this file good again. Ordered so that each works with the ones before it done."""
+    if path.name == spec.live_file:
+        return (
+            f"`muse deploy {spec.name} --replace-damaged` puts the newest snapshot live, "
+            f"`muse rollback {spec.name}` the newest backup."
+        )
+    if path.name == spec.fallback_file:
+        return f"`muse deploy {spec.name}` writes {path.name} anew."
+    if path.name == spec.cluster_file:
+        return f"`muse run --rebuild --index {spec.name}` trains it anew and builds in full."
+    return f"move {path} away; `muse run --index {spec.name}` builds a new snapshot where today's is missing."
 
 
 def _first_row(settings: Settings, spec: IndexSpec, song: str) -> int:

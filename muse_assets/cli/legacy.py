@@ -31,7 +31,7 @@ def _legacy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command("train_faiss")
+@click.command("train_faiss", short_help="Legacy: train a cluster.")
 @_legacy_options
 def train_faiss(model: str, legacy_type: str, output: Path, dimension: int) -> None:
     """Train an IVF-PQ cluster and write it (legacy verb)."""
@@ -43,7 +43,7 @@ def train_faiss(model: str, legacy_type: str, output: Path, dimension: int) -> N
     click.echo(f"{output}: nlist {done.nlist}, trained on {done.training_rows:,} of {done.table_rows:,} rows")
 
 
-@click.command("add_faiss")
+@click.command("add_faiss", short_help="Legacy: fill a trained cluster.")
 @_legacy_options
 @click.option("--input", "cluster", type=_FILE, required=True, help="Trained cluster file.")
 def add_faiss(model: str, legacy_type: str, output: Path, dimension: int, cluster: Path) -> None:
@@ -51,7 +51,7 @@ def add_faiss(model: str, legacy_type: str, output: Path, dimension: int, cluste
     _build(model, legacy_type, dimension, cluster, output, full=True)
 
 
-@click.command("add_daily_faiss")
+@click.command("add_daily_faiss", short_help="Legacy: bring an index up to date.")
 @_legacy_options
 @click.option("--input", "previous", type=_FILE, required=True, help="Index file to bring up to date.")
 def add_daily_faiss(model: str, legacy_type: str, output: Path, dimension: int, previous: Path) -> None:
@@ -59,17 +59,18 @@ def add_daily_faiss(model: str, legacy_type: str, output: Path, dimension: int, 
     _build(model, legacy_type, dimension, previous, output, full=False)
 
 
-@click.command("cache_playlist")
+@click.command("cache_playlist", short_help="Legacy: refresh all playlists.")
 def cache_playlist() -> None:
     """Refresh every program's playlist keys in Redis (legacy verb)."""
+    from muse_assets.cli.configuring import read_settings
     from muse_assets.connections.databases import engine_for
-    from muse_assets.definitions import build_resources
     from muse_assets.failures import MuseError
     from muse_assets.playlists.refreshing import refresh_program
-    from muse_assets.settings import Settings
 
-    settings = Settings()
+    settings = read_settings()
     catalog = settings.load_catalog()
+    from muse_assets.definitions import build_resources  # reads the settings too, but explains nothing
+
     failed = False
     with build_resources(settings)["redis"].client() as client:
         for program in catalog.programs:
@@ -120,10 +121,10 @@ def _build(model: str, legacy_type: str, dimension: int, source: Path, output: P
 
 
 def _spec(model: str, legacy_type: str, dimension: int) -> tuple[Settings, IndexSpec]:
+    from muse_assets.cli.configuring import read_settings
     from muse_assets.failures import PermanentFailure
-    from muse_assets.settings import Settings
 
-    settings = Settings()
+    settings = read_settings()
     spec = settings.load_catalog().index_of_legacy(model, legacy_type)
     if spec.dimension != dimension:
         raise PermanentFailure(

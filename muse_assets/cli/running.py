@@ -25,7 +25,7 @@ _WHICH = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="The whole daily job now: build, deploy, cache playlists.")
 @_WHICH
 @click.option("--rebuild", is_flag=True, help="Train and build in full, even where a cluster exists.")
 def run(names: tuple[str, ...], rebuild: bool) -> None:
@@ -34,36 +34,37 @@ def run(names: tuple[str, ...], rebuild: bool) -> None:
     An index without a trained cluster is trained first. With no settings at all, the sample catalog is
     written first.
     """
-    import dagster as dg
-
     from muse_assets.cli import summary
-    from muse_assets.cli.launching import dagster_home
-    from muse_assets.settings import Settings
+    from muse_assets.cli.configuring import check_connections, read_settings
+    from muse_assets.cli.launching import open_instance
 
-    settings, console = Settings(), summary.terminal()
+    settings, console = read_settings(), summary.terminal()
     catalog = settings.load_catalog()
     specs = [catalog.index(name) for name in names] or list(catalog.indexes)
-    with _progress(console) as report, _embedded_redis(settings):
+    check_connections(settings)
+    from muse_assets.definitions import build_defs  # reads the settings too, but explains nothing
+
+    with _progress() as report, _embedded_redis(settings):
         if settings.embedding_db_url is None:
             _write_sample_once(settings, catalog, console, report)
-        dagster_home(settings)
-        with dg.DagsterInstance.get() as instance:
+        with open_instance(settings) as instance:
+            defs = build_defs(settings, progress=_reporting(report))
             outcomes = {
-                spec.name: _build_and_deploy(settings, instance, spec, report, rebuild=rebuild)
+                spec.name: _build_and_deploy(settings, defs, instance, spec, rebuild=rebuild)
                 for spec in specs
             }
-            after = _after_deploys(settings, instance, catalog, report)
+            after = _after_deploys(settings, defs, instance, catalog, report)
     summary.show_indexes(console, settings, specs, outcomes)
     summary.show_playlists(console, catalog, after)
     failures = {**outcomes, **after}
     summary.show_failures(console, failures)
-    home = f"DAGSTER_HOME={os.environ['DAGSTER_HOME']} " if settings.home != Path(".muse") else ""
-    console.print(f"Open the UI on this instance: {home}{_this_command()} ui")
+    home = f"MUSE_HOME={settings.root} " if settings.home != Path(".muse") else ""
+    click.echo(f"Open the UI on this instance: {home}{_this_command()} ui")
     if not all(outcome.success for outcome in failures.values()):
         sys.exit(1)
 
 
-@click.command()
+@click.command(short_help="Write the sample catalog, or further days of it.")
 @click.option("--songs", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--days", type=click.IntRange(min=0), default=0, help="Write this many further days.")
 @click.option("--url", help="SQLAlchemy URL to write all tables to; default: the two databases set.")
@@ -71,16 +72,16 @@ def run(names: tuple[str, ...], rebuild: bool) -> None:
 def sample(songs: int, days: int, url: str | None, seed: int) -> None:
     """Write the sample catalog, or further days of inserts, deletes, late rows and re-embeddings."""
     from muse_assets.cli import summary
+    from muse_assets.cli.configuring import read_settings
     from muse_assets.connections.databases import engine_for
     from muse_assets.sample.day_one import write_sample
     from muse_assets.sample.further_days import write_days
-    from muse_assets.settings import Settings
 
-    settings, console = Settings(), summary.terminal()
+    settings, console = read_settings(), summary.terminal()
     catalog = settings.load_catalog()
     embeddings = engine_for(url or settings.embedding_url())
     playlists = engine_for(url or settings.playlist_url())
-    with _progress(console) as report:
+    with _progress() as report:
         if days:
             written = write_days(embeddings, playlists, catalog, days=days, on_progress=report)
             summary.show_sample_days(console, written)
@@ -107,14 +108,14 @@ def rollback(index: str, to: str) -> None:
     _deploy(index, rollback=True, rollback_to=to)
 
 
-@click.command()
+@click.command(short_help="Open the Dagster UI and its daemon.")
 @click.option("--port", type=int, default=3000, show_default=True)
 def ui(port: int) -> None:
     """Open the Dagster UI and its daemon on this instance, at 127.0.0.1."""
+    from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.launching import dagster_home
-    from muse_assets.settings import Settings
 
-    dagster_home(Settings())
+    dagster_home(read_settings())
     workspace = Path("workspace.yaml")
     target = ["-w", str(workspace)] if workspace.exists() else ["-m", "muse_assets.definitions"]
     program = str(Path(sys.executable).with_name("dagster"))
@@ -122,19 +123,17 @@ def ui(port: int) -> None:
 
 
 def _deploy(name: str, **options: Any) -> None:
-    import dagster as dg
-
     from muse_assets.assets.index_lane import deployed_key
     from muse_assets.automation import DEPLOY, deploy_config
     from muse_assets.cli import summary
-    from muse_assets.cli.launching import dagster_home, launch
-    from muse_assets.definitions import build_defs
-    from muse_assets.settings import Settings
+    from muse_assets.cli.configuring import read_settings
+    from muse_assets.cli.launching import launch, open_instance
 
-    settings, console = Settings(), summary.terminal()
+    settings, console = read_settings(), summary.terminal()
     spec = settings.load_catalog().index(name)
-    dagster_home(settings)
-    with dg.DagsterInstance.get() as instance:
+    from muse_assets.definitions import build_defs  # reads the settings too, but explains nothing
+
+    with open_instance(settings) as instance:
         outcome = launch(
             build_defs(settings),
             instance,
@@ -147,23 +146,22 @@ def _deploy(name: str, **options: Any) -> None:
         sys.exit(1)
     facts = outcome.metadata[deployed_key(spec).to_user_string()]
     done = "was live already" if facts["already_live"] else "is live"
-    console.print(
+    restart = "" if facts["already_live"] else " Restart the server to load it."
+    click.echo(
         f"{facts['live_file']} {done}: {facts['partition']}, {facts['dagster/row_count']:,} rows, "
-        f"sha256 {facts['sha256'][:12]}, {facts['backups']} backups. Restart the server to load it."
+        f"sha256 {facts['sha256'][:12]}, backups: {facts['backups']}.{restart}"
     )
 
 
 def _build_and_deploy(
-    settings: Settings, instance: dg.DagsterInstance, spec: IndexSpec, report: Progress, *, rebuild: bool
+    settings: Settings, defs: dg.Definitions, instance: dg.DagsterInstance, spec: IndexSpec, *, rebuild: bool
 ) -> Outcome:
     from muse_assets.assets.index_lane import cluster_key, deployed_key, index_key
     from muse_assets.automation import DAILY, DEPLOY, REBUILD
     from muse_assets.cli.launching import Outcome, launch
-    from muse_assets.definitions import build_defs
     from muse_assets.partitions import seoul_today
 
     today = seoul_today().isoformat()
-    defs = build_defs(settings, progress=_reporting(f"{spec.name}: ", report))
     if rebuild or not (settings.work_directory() / spec.cluster_file).exists():
         keys = [cluster_key(spec), index_key(spec), deployed_key(spec)]
         return launch(defs, instance, REBUILD, keys, partition=today)
@@ -175,21 +173,23 @@ def _build_and_deploy(
 
 
 def _after_deploys(
-    settings: Settings, instance: dg.DagsterInstance, catalog: Catalog, report: Progress
+    settings: Settings,
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    catalog: Catalog,
+    report: Progress,
 ) -> dict[str, Outcome]:
     from muse_assets.assets.playlist_cache import PLAYLIST_CACHE
     from muse_assets.assets.server_reload import SERVER_RELOAD
     from muse_assets.automation import PLAYLISTS, RELOAD
     from muse_assets.cli.launching import launch
-    from muse_assets.definitions import build_defs
 
-    defs = build_defs(settings)
     done = {}
     if settings.reload:
         report("reloading the server", 0, 0)
         done["server reload"] = launch(defs, instance, RELOAD, [SERVER_RELOAD])
     for position, program in enumerate(catalog.programs):
-        report(f"playlist of {program.id}", position, len(catalog.programs))
+        report("playlists", position, len(catalog.programs))
         done[program.id] = launch(defs, instance, PLAYLISTS, [PLAYLIST_CACHE], partition=program.id)
     return done
 
@@ -217,30 +217,32 @@ def _embedded_redis(settings: Settings) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def _progress() -> Iterator[Progress]:
     """A progress callable that draws one bar a task in a terminal, and one line a task elsewhere."""
+    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    console = Console()
     if not console.is_terminal:
         shown: set[str] = set()
 
         def line(doing: str, _done: int, total: int) -> None:
             if doing not in shown:
                 shown.add(doing)
-                console.print(f"  {doing}{f' ({total:,})' if total else ''}")
+                click.echo(f"  {doing}{f' ({total:,})' if total else ''}")
 
         yield line
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("starting", total=1)
+        task = bars.add_task("starting", total=None, count="")
         doing_now = ""
 
         def bar(doing: str, done: int, total: int) -> None:
@@ -248,18 +250,20 @@ def _progress(console: Console) -> Iterator[Progress]:
             if doing != doing_now:
                 doing_now = doing
                 bars.reset(task)
-            bars.update(task, description=doing, completed=done, total=total or 1)
+            count = f"{done:,} of {total:,}" if total else ""
+            bars.update(task, description=doing, completed=done, total=total or None, count=count)
 
         yield bar
 
 
-def _reporting(prefix: str, report: Progress) -> Any:
+def _reporting(report: Progress) -> Any:
     """A progress resource that writes to the terminal instead of the run's log."""
     from muse_assets.resources import ProgressLog
 
     class Terminal(ProgressLog):
         def reporter(self, context: Any) -> Progress:
-            return lambda doing, done, total: report(prefix + doing, done, total)
+            index = context.asset_key.path[0]
+            return lambda doing, done, total: report(f"{index}: {doing}", done, total)
 
     return Terminal()
 

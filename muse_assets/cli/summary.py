@@ -6,64 +6,69 @@ Here: layout. Not here: finding out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from muse_assets.catalog import Catalog, IndexSpec
-from muse_assets.cli.launching import Outcome
-from muse_assets.sample.day_one import SampleSummary
-from muse_assets.sample.further_days import DaySummary
-from muse_assets.settings import Settings
+if TYPE_CHECKING:
+    from muse_assets.catalog import Catalog, IndexSpec
+    from muse_assets.cli.launching import Outcome
+    from muse_assets.sample.day_one import SampleSummary
+    from muse_assets.sample.further_days import DaySummary
+    from muse_assets.settings import Settings
 
 _COUNTS = ("dagster/row_count", "added", "removed", "reembedded", "rejected")
+_UNLIMITED = 1_000
+_TEXT_COLUMNS = {
+    *("index", "build", "live file", "live day", "newest built", "sha256", "day", "program", "name"),
+    *("state", "file", "what", "song", "title", "artist"),
+}
 
 
 def terminal() -> Console:
-    """Where commands print; a log or a pipe is as wide as the tables need."""
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=160)
+    """Where commands print. Wide: a row broken by the terminal reads better than cells that Rich folds."""
+    return Console(width=_UNLIMITED, highlight=False)
 
 
 def show_indexes(
     console: Console, settings: Settings, specs: Sequence[IndexSpec], outcomes: Mapping[str, Outcome]
 ) -> None:
     """One line an index: what was built and what is live."""
-    table = _table("index", "build", "rows", "added", "removed", "re-embedded", "rejected")
-    for name in ("recall@10", "seconds", "live file"):
-        table.add_column(name, justify="left" if name == "live file" else "right")
+    table = _table(
+        *("index", "build", "rows", "added", "removed", "re-embedded", "rejected"),
+        *("recall@10", "seconds", "live file"),
+    )
     modes = set()
     for spec in specs:
         facts = outcomes[spec.name].metadata.get(f"{spec.name}/index")
         live = outcomes[spec.name].metadata.get(f"{spec.name}/deployed")
         cluster = outcomes[spec.name].metadata.get(f"{spec.name}/cluster", {})
         if not outcomes[spec.name].success or facts is None or live is None:
-            table.add_row(spec.name, "[red]failed", *[""] * 7, "unchanged")
+            table.add_row(spec.name, "[red]failed", *[""] * 7, f"{spec.live_file} (unchanged)")
             continue
         modes.add(facts["mode"])
         seconds = facts["seconds"] + live["seconds"] + cluster.get("seconds", 0)
         table.add_row(
             spec.name,
             facts["mode"],
-            *(
-                f"{facts[key]:,}"
-                for key in ("dagster/row_count", "added", "removed", "reembedded", "rejected")
-            ),
+            *(f"{facts[key]:,}" for key in _COUNTS),
             f"{facts['recall_at_10']:.3f}",
             f"{seconds:.1f}",
-            spec.live_file + (" (was live)" if live["already_live"] else " (new)"),
+            f"{spec.live_file} ({'same' if live['already_live'] else 'new'})",
         )
     console.print(table)
     if modes == {"unchanged"}:
         console.print("Nothing new: every table is as it was indexed; no file was written or replaced.")
-    console.print(f"Live files: {settings.server_directory()}", highlight=False)
+    console.print(f"Live files muse_<index>.index: {settings.server_directory()}", markup=False)
 
 
 def show_playlists(console: Console, catalog: Catalog, outcomes: Mapping[str, Outcome]) -> None:
     """The programs' keys: one line a program, one column an index."""
-    table = Table("program", "title", box=SIMPLE_HEAD)
+    # Not "title": that is an index too.
+    table = _table("program", "name")
     for spec in catalog.indexes:
         table.add_column(spec.name, justify="right")
     keys = 0
@@ -78,8 +83,7 @@ def show_playlists(console: Console, catalog: Catalog, outcomes: Mapping[str, Ou
     console.print(table)
     example = catalog.programs[0].ids_key(catalog.indexes[0].name)
     console.print(
-        f"{keys} playlist keys such as {example}, {keys // len(catalog.indexes)} playlist_update keys.",
-        highlight=False,
+        f"{keys} playlist keys such as {example}, {keys // len(catalog.indexes)} playlist_update keys."
     )
 
 
@@ -87,8 +91,8 @@ def show_failures(console: Console, outcomes: Mapping[str, Outcome]) -> None:
     """What each failed run said, in full."""
     for outcome in outcomes.values():
         if not outcome.success:
-            console.print(f"[red]FAILED[/red] (run {outcome.run_id[:8]})", highlight=False)
-            console.print(outcome.failure, markup=False, highlight=False)
+            console.print(f"[red]FAILED[/red] (run {outcome.run_id[:8]})")
+            console.print(outcome.failure, markup=False, soft_wrap=True)
 
 
 def show_sample(console: Console, done: SampleSummary) -> None:
@@ -96,8 +100,7 @@ def show_sample(console: Console, done: SampleSummary) -> None:
     console.print(
         f"Sample catalog written: {done.songs:,} songs, "
         + ", ".join(f"{count:,} {name}" for name, count in done.rows.items())
-        + " rows.",
-        highlight=False,
+        + " rows."
     )
 
 
@@ -115,12 +118,13 @@ def show_rows(console: Console, columns: Sequence[str], rows: Iterable[Sequence[
     """A plain table."""
     table = _table(*columns)
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+        # As Text, since a title may well hold what Rich takes for markup.
+        table.add_row(*(Text(f"{value:,}" if isinstance(value, int) else str(value)) for value in row))
     console.print(table)
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for position, name in enumerate(columns):
-        table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for name in columns:
+        table.add_column(name, justify="left" if name in _TEXT_COLUMNS else "right", no_wrap=True)
     return table

@@ -9,6 +9,7 @@ largest id + 1 (IVF search never looks at it) and set back to the true count on 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,8 @@ def _read(path: Path, flags: int) -> Any:
             next_step="check that the file is where it should be.",
         ) from error
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        # FAISS begins with the C++ function and the path of its source file.
+        reason = re.sub(r"^Error in .*? at \S+:\d+: ", "", str(error).strip()).splitlines()[0][:200]
         raise PermanentFailure(
             f"{path} is not a readable FAISS index: {reason}",
             next_step="`muse verify` names damaged files; rebuild the index or roll back.",
