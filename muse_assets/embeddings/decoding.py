@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -24,8 +23,15 @@ from numpy.typing import NDArray
 from muse_assets.catalog import Encoding
 
 _MAGIC = b"\x93NUMPY"
+_HEADER_READERS = {
+    (1, 0): npy_format.read_array_header_1_0,
+    (2, 0): npy_format.read_array_header_2_0,
+    (3, 0): npy_format.read_array_header_2_0,  # 3.0 differs in the names of structured types alone
+}
 # Below this norm a vector has no direction; a unit vector in float16 has 1.
 _MIN_NORM = 1e-12
+# FAISS's squared distances are float32: from here on they could become infinite.
+_MAX_SQUARE = 1e37
 
 
 class Reason(IntEnum):
@@ -102,38 +108,38 @@ def _decode_blocks(
 def _npy_layout(payload: bytes | str | None, dimension: int) -> _Layout:
     if not isinstance(payload, bytes) or payload[:6] != _MAGIC:
         return Reason.NULL if payload is None else Reason.UNREADABLE
-    if payload[6] == 1:
-        end = 10 + int.from_bytes(payload[8:10], "little")
-    else:
-        end = 12 + int.from_bytes(payload[8:12], "little")
+    start = 10 if payload[6:7] == b"\x01" else 12
+    end = start + int.from_bytes(payload[8:start], "little")
     return _parse_header(payload[:end], end, dimension) if end <= len(payload) else Reason.WRONG_LENGTH
 
 
 @lru_cache(maxsize=1024)
 def _parse_header(header: bytes, end: int, dimension: int) -> _Layout:
+    stream = io.BytesIO(header)
     try:
-        stream = io.BytesIO(header)
-        version = npy_format.read_magic(stream)
-        read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
+        shape, _, dtype = _HEADER_READERS[npy_format.read_magic(stream)](stream)
+    except Exception:  # numpy evaluates the header as Python: junk raises TokenError and a dozen others
         return Reason.UNREADABLE
     if dtype.hasobject or dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
         return Reason.UNREADABLE
-    return (end, dtype) if math.prod(shape) == dimension else Reason.WRONG_LENGTH
+    return (end, dtype) if _holds_one_vector(shape, dimension) else Reason.WRONG_LENGTH
+
+
+def _holds_one_vector(shape: tuple[int, ...], dimension: int) -> bool:
+    return shape in ((dimension,), (1, dimension))
 
 
 def _decode_json(payload: bytes | str | None, row: NDArray[np.float32]) -> Reason:
     if payload is None:
         return Reason.NULL
     try:
-        values = np.asarray(json.loads(payload), dtype=np.float64).ravel()
-    except (ValueError, TypeError, RecursionError):
+        values = np.asarray(json.loads(payload), dtype=np.float64)
+    except (ValueError, TypeError, OverflowError, RecursionError):
         return Reason.UNREADABLE
-    if values.shape != row.shape:
+    if not _holds_one_vector(values.shape, len(row)):
         return Reason.WRONG_LENGTH
     with np.errstate(over="ignore"):
-        row[:] = values
+        row[:] = values.ravel()
     return Reason.OK
 
 
@@ -142,6 +148,6 @@ def _reject_unusable(vectors: NDArray[np.float32], reasons: NDArray[np.uint8]) -
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
     good = reasons == Reason.OK
-    reasons[good & ~np.isfinite(squares)] = Reason.NOT_FINITE
+    reasons[good & ~(squares <= _MAX_SQUARE)] = Reason.NOT_FINITE
     reasons[good & (squares < _MIN_NORM**2)] = Reason.ZERO
     vectors[reasons != Reason.OK] = 0

@@ -27,6 +27,9 @@ BUCKET_ROWS = 32
 # Products are reduced modulo a prime below 2^31, so that a bucket's sum fits SQLite's 64-bit integers.
 _MODULUS = 2_147_483_629
 _IDX_MASK = 0x7FFFFFFF
+# Not that of an empty payload, 0: the two are rejected for different reasons. Of half a payload both are 0,
+# for SQLite calls half of an empty one NULL.
+_CRC_OF_NULL = 1
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,10 @@ def digest_rows(idx: NDArray[np.int64], payloads: Sequence[bytes | str | None]) 
     """The digests of rows as pulled, equal to what the database says of the same rows."""
     if not len(idx):
         return empty_digests()
-    crcs = np.zeros((len(idx), 2), np.uint64)
+    crcs = np.tile(np.array([_CRC_OF_NULL, 0], np.uint64), (len(idx), 1))
     for row, payload in enumerate(payloads):
         if payload is not None:
             raw = payload.encode("utf-8") if isinstance(payload, str) else payload
-            # In MySQL LEFT and LENGTH count a text column's characters and bytes; JSON here is ASCII.
             crcs[row] = zlib.crc32(raw), zlib.crc32(memoryview(raw)[: len(raw) // 2])
     weight = (idx & _IDX_MASK).astype(np.uint64)
     products = ((crcs * weight[:, None]) % np.uint64(_MODULUS)).astype(np.int64)
@@ -108,13 +110,16 @@ def _aggregate(connection: Connection, spec: IndexSpec, bound: Bounds) -> NDArra
     table, column = quoted(connection, spec.table), quoted(connection, spec.embedding_column)
     sqlite = connection.dialect.name == "sqlite"
     bucket = f"idx / {BUCKET_ROWS}" if sqlite else f"idx DIV {BUCKET_ROWS}"
+    # Halves are of bytes, as in `digest_rows`: of text, LEFT and substr count characters.
+    if sqlite or spec.encoding == "json":
+        column = f"CAST({column} AS {'BLOB' if sqlite else 'BINARY'})"
     half = (
         f"substr({column}, 1, length({column}) / 2)" if sqlite else f"LEFT({column}, LENGTH({column}) DIV 2)"
     )
     query = (
         f"SELECT {bucket} AS bucket, COUNT(*), SUM(idx), "
-        f"SUM(COALESCE((CRC32({column}) * (idx & {_IDX_MASK})) % {_MODULUS}, 0)), "
-        f"SUM(COALESCE((CRC32({half}) * (idx & {_IDX_MASK})) % {_MODULUS}, 0)) "
+        f"SUM((COALESCE(CRC32({column}), {_CRC_OF_NULL}) * (idx & {_IDX_MASK})) % {_MODULUS}), "
+        f"SUM((COALESCE(CRC32({half}), 0) * (idx & {_IDX_MASK})) % {_MODULUS}) "
         f"FROM {table} WHERE idx >= :low AND idx <= :high GROUP BY {bucket}"
     )
     rows = connection.execute(text(query), {"low": bound.low, "high": bound.high}).all()

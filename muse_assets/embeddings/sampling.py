@@ -17,9 +17,11 @@ from sqlalchemy import Connection
 
 from muse_assets.catalog import IndexSpec
 from muse_assets.embeddings.decoding import Reason, decode
-from muse_assets.embeddings.reading import count_rows, rows_by_idx
+from muse_assets.embeddings.reading import count_rows, every_idx, join_pages, rows_by_idx
 
 _KEYS_A_ROUND = 8192
+# Below one row in this many keys, listing the keys is cheaper than guessing them.
+_SPARSE = 16
 
 
 @dataclass(frozen=True)
@@ -50,34 +52,39 @@ def sample_vectors(
     vectors = np.empty((target, spec.dimension), np.float32)
     rejected: dict[str, int] = {}
     done = 0
-    for keys in _key_rounds(random, low, high, target, table_rows):
-        for page in rows_by_idx(connection, spec, keys):
-            decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
-            for reason in Reason:
-                if reason and (count := int((decoded.reasons == reason).sum())):
-                    rejected[reason.name.lower()] = rejected.get(reason.name.lower(), 0) + count
-            usable = decoded.vectors[decoded.reasons == Reason.OK][: target - done]
-            vectors[done : done + len(usable)] = usable
-            done += len(usable)
+    if high - low >= _SPARSE * table_rows:
+        keys = random.permutation(every_idx(connection, spec))
+    else:
+        keys = _random_keys(random, low, high, target, table_rows)
+    a_round = min(_KEYS_A_ROUND, _keys_for(target, high - low + 1, table_rows))
+    for at in range(0, len(keys), a_round):
+        page = join_pages(rows_by_idx(connection, spec, keys[at : at + a_round]))
+        decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
+        for reason in Reason:
+            if reason and (count := int((decoded.reasons == reason).sum())):
+                rejected[reason.name.lower()] = rejected.get(reason.name.lower(), 0) + count
+        # Rows come in key order: the first of a round would be the oldest of the table.
+        usable = random.permutation(decoded.vectors[decoded.reasons == Reason.OK])[: target - done]
+        vectors[done : done + len(usable)] = usable
+        done += len(usable)
         on_rows(done, target)
         if done >= target:
             break
-    # Rows come back in key order within a query; training takes prefixes of the sample.
-    return Sample(vectors[:done][random.permutation(done)], table_rows, rejected)
+    return Sample(vectors[:done], table_rows, rejected)
 
 
-def _key_rounds(
+def _keys_for(target: int, span: int, table_rows: int) -> int:
+    """Keys to look up for `target` rows at this density, with some room for bad luck."""
+    return int(target * (span / max(table_rows, 1)) * 1.1) + 64
+
+
+def _random_keys(
     random: np.random.Generator, low: int, high: int, target: int, table_rows: int
-) -> list[NDArray[np.int64]]:
-    """Rounds of distinct random keys; together they cover every key there is."""
-    if not table_rows:
-        return []
-    span = high - low + 1
-    # Enough keys for the target at this density, with room for bad luck and rejected rows.
-    enough = min(span, int(target * (span / table_rows) * 1.1) + _KEYS_A_ROUND)
+) -> NDArray[np.int64]:
+    """Distinct keys in random order: all there are, or several times as many as the target needs."""
+    span = high - low + 1 if table_rows else 0
+    enough = _keys_for(target, span, table_rows) + _KEYS_A_ROUND
     if span <= 4 * enough:
-        keys = low + random.permutation(span).astype(np.int64)
-    else:
-        keys = low + np.unique(random.integers(0, span, 2 * enough, dtype=np.int64))
-        random.shuffle(keys)
-    return [keys[at : at + _KEYS_A_ROUND] for at in range(0, len(keys), _KEYS_A_ROUND)]
+        return low + random.permutation(span).astype(np.int64)
+    keys = low + np.unique(random.integers(0, span, 2 * enough, dtype=np.int64))
+    return random.permutation(keys)

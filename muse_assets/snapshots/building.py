@@ -43,8 +43,10 @@ from muse_assets.snapshots.progress import Progress, silent
 from muse_assets.snapshots.store import (
     RowState,
     Snapshot,
+    lock_file,
     read_state,
     snapshots,
+    sweep,
     write_state,
 )
 from muse_assets.snapshots.sync import (
@@ -109,20 +111,19 @@ def build_snapshot(
     """
     start = time.monotonic()
     cluster_path = cluster_path or work / spec.cluster_file
-    with durable_files.locked(work / ".locks" / f"{spec.name}.lock"):
+    with durable_files.locked(lock_file(work, spec)):
         cluster = load_cluster(cluster_path, spec)
-        target = work / spec.snapshot_file(day)
-        durable_files.sweep(target)
+        sweep(work, spec)
         on_progress("digesting the table", 0, 0)
         midnight = datetime.combine(day + timedelta(days=1), datetime.min.time())
         table = read_table_state(engine, spec, midnight)
         parent = None if full else _find_parent(work, spec, day, cluster)
         if parent and not len(changed_buckets(parent.state.digests, table.digests)):
             return _unchanged(work, spec, day, parent, table, start)
-        previous = next(snapshots(work, spec), None)
+        previous = next(snapshots(work, spec, until=day), None)
         index = read_index(parent.snapshot.path, precompute=False) if parent else cluster.index
         synced = synchronize(engine, spec, index, parent.state if parent else None, table, on_progress)
-        previous_rows = previous.manifest.rows if previous and previous.day <= day else 0
+        previous_rows = previous.manifest.rows if previous else 0
         require_plausible(spec, synced, previous_rows, confirm_shrink=confirm_shrink)
         return _finish(engine, spec, work, day, index, cluster, parent, table, synced, start, on_progress)
 

@@ -97,6 +97,7 @@ def train_cluster(
     path.parent.mkdir(parents=True, exist_ok=True)
     with durable_files.locked(_lock_file(path, spec)):
         durable_files.sweep(path)
+        durable_files.sweep(_manifest_path(path, spec, "?" * 64))  # of whatever hash
         staged = durable_files.stage(path, partial(write_index, trained.index))
         manifest = ClusterManifest(
             index=spec.name,

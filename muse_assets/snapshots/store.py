@@ -20,6 +20,7 @@ from muse_assets import durable_files
 from muse_assets.catalog import IndexSpec
 from muse_assets.embeddings.decoding import Reason
 from muse_assets.embeddings.digests import Digests, empty_digests
+from muse_assets.failures import Conflict
 from muse_assets.manifest import Manifest, identify, manifest_path
 
 _ARRAYS = ("bucket", "rows", "idx_sum", "whole", "half", "rejected_idx", "rejected_reason")
@@ -49,6 +50,18 @@ class Snapshot:
     path: Path
     day: date
     manifest: Manifest
+
+
+def lock_file(work: Path, spec: IndexSpec) -> Path:
+    """Held by whoever changes the index's snapshots or their facts."""
+    return work / ".locks" / f"{spec.name}.lock"
+
+
+def sweep(work: Path, spec: IndexSpec) -> None:
+    """Remove the temp files that killed builds of any day left; call it under the index's lock."""
+    facts = manifest_path(work, spec.name, "?" * 64)  # a pattern for every hash, as [0-9] for every day
+    for pattern in (work / f"muse_{spec.name}_{'[0-9]' * 8}.index", facts, facts.with_suffix(".rows.npz")):
+        durable_files.sweep(pattern)
 
 
 def no_rows() -> RowState:
@@ -96,27 +109,37 @@ def write_state(work: Path, index: str, sha256: str, state: RowState) -> None:
 def read_state(work: Path, index: str, sha256: str) -> RowState | None:
     """The row facts of the file with that content hash, or None if they are missing or unreadable."""
     try:
-        with np.load(state_path(work, index, sha256), allow_pickle=False) as arrays:
+        content = io.BytesIO(state_path(work, index, sha256).read_bytes())
+        with np.load(content, allow_pickle=False) as arrays:
             columns = {name: arrays[name] for name in _ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError):
+    except Exception:  # zip and npy parsers meet damage with a dozen types; a full build answers them all
         return None
     digests = Digests(*(columns[name] for name in _ARRAYS[:5]))
     return RowState(digests, columns["rejected_idx"], columns["rejected_reason"])
 
 
 def prune(work: Path, spec: IndexSpec, *, today: date, keep_days: int = 7, keep_files: int = 2) -> list[Path]:
-    """Remove snapshots older than `keep_days` beyond the newest `keep_files`, and facts nobody needs."""
+    """Remove snapshots older than `keep_days` beyond the newest `keep_files`, and facts nobody needs.
+
+    Clusters keep their facts: a cluster may have any name. While a build holds the index's lock, whose
+    facts precede their file, nothing is removed; the next call does it.
+    """
+    try:
+        with durable_files.locked(lock_file(work, spec)):
+            return _prune(work, spec, today - timedelta(days=keep_days), keep_files)
+    except Conflict:
+        return []
+
+
+def _prune(work: Path, spec: IndexSpec, oldest: date, keep_files: int) -> list[Path]:
     removed = []
     for position, (day, path) in enumerate(snapshot_files(work, spec)):
-        if position >= keep_files and day < today - timedelta(days=keep_days):
+        if position >= keep_files and day < oldest:
             path.unlink()
             removed.append(path)
     needed = {durable_files.file_sha256(path) for _, path in snapshot_files(work, spec)}
-    cluster = work / spec.cluster_file
-    if cluster.exists():
-        needed.add(durable_files.file_sha256(cluster))
-    for facts in (work / ".manifests" / spec.name).glob("*"):
-        if facts.name.split(".")[0] not in needed:
+    for facts in (work / ".manifests" / spec.name).glob("[!.]*"):
+        if facts.name.split(".")[0] not in needed and not facts.name.endswith(".cluster.json"):
             facts.unlink()
             removed.append(facts)
     return removed
