@@ -21,15 +21,15 @@ from typing import Any, Literal
 
 from muse_assets.failures import PermanentFailure
 
-_IDENTIFIER = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")
-_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 Encoding = Literal["npy", "float32", "json"]
 
 
 def checked_identifier(name: str) -> str:
     """Return `name` if it is safe as an SQL table or column name, else raise PermanentFailure."""
-    if not _IDENTIFIER.match(name):
+    if not _IDENTIFIER.fullmatch(name):
         raise PermanentFailure(
             f"{name!r} is not a table or column name (letters, digits, underscore; at most 64).",
             next_step="correct the name in the catalog file (MUSE_CATALOG).",
@@ -76,7 +76,7 @@ class IndexSpec:
         for name in (self.table, self.embedding_column, self.created_at_column, *self.song_key):
             checked_identifier(name)
         problems = []
-        if not _NAME.match(self.name):
+        if not _NAME.fullmatch(self.name):
             problems.append(f"name {self.name!r} is not a lowercase identifier")
         if self.metric != "l2":
             problems.append(f"metric {self.metric!r} is not supported: the server reads squared L2 distances")
@@ -127,7 +127,7 @@ class Program:
     title: str
 
     def __post_init__(self) -> None:
-        if not _NAME.match(self.id):
+        if not _NAME.fullmatch(self.id):
             raise PermanentFailure(
                 f"Program id {self.id!r} is not a lowercase identifier.",
                 next_step="correct the id in the catalog.",

@@ -11,7 +11,7 @@ vectors (0 of 100 found, the products 100 of 100); the second sum answers a chan
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,9 @@ BUCKET_ROWS = 32
 # Products are reduced modulo a prime below 2^31, so that a bucket's sum fits SQLite's 64-bit integers.
 _MODULUS = 2_147_483_629
 _IDX_MASK = 0x7FFFFFFF
+# A million cold rows of 2 KB took 10 s; the read time-out is 120 s.
+_STEP_BUCKETS = 32_768
+_MAX_STEPS = 1000
 # Not that of an empty payload, 0: the two are rejected for different reasons. Of half a payload both are 0,
 # for SQLite calls half of an empty one NULL.
 _CRC_OF_NULL = 1
@@ -91,7 +94,10 @@ def digest_rows(idx: NDArray[np.int64], payloads: Sequence[bytes | str | None]) 
 
 
 def read_digests(connection: Connection, spec: IndexSpec, bounds: Sequence[Bounds]) -> Digests:
-    """Digests of all rows within `bounds`, by one aggregate query per bound; no payload leaves the database.
+    """Digests of all rows within `bounds`, by aggregate queries; no payload leaves the database.
+
+    A long range is digested in steps, so that no statement runs into a read time-out. Call it within
+    `reading.freeze` where all steps have to see one moment.
 
     A database without CRC32 (neither MySQL, MariaDB nor SQLite) is digested from pulled rows instead:
     the same answer at the cost of reading the table.
@@ -99,11 +105,22 @@ def read_digests(connection: Connection, spec: IndexSpec, bounds: Sequence[Bound
     found = [empty_digests().columns()]
     for bound in bounds:
         if connection.dialect.name in ("mysql", "mariadb", "sqlite"):
-            found.append(_aggregate(connection, spec, bound))
+            found += [_aggregate(connection, spec, step) for step in _steps(bound)]
         else:
             for page in pages(connection, spec, [bound], BUCKET_ROWS):
                 found.append(digest_rows(page.idx, page.payloads).columns())
     return _from_columns(np.concatenate(found))
+
+
+def _steps(bound: Bounds) -> Iterator[Bounds]:
+    """Ranges of whole buckets, of about a million idx each, but at most about a thousand of them."""
+    span = bound.high - bound.low + 1
+    width = max(_STEP_BUCKETS, -(-span // (_MAX_STEPS * BUCKET_ROWS))) * BUCKET_ROWS
+    low = bound.low
+    while low <= bound.high:
+        high = min((low // BUCKET_ROWS) * BUCKET_ROWS + width - 1, bound.high)
+        yield Bounds(low, high)
+        low = high + 1
 
 
 def _aggregate(connection: Connection, spec: IndexSpec, bound: Bounds) -> NDArray[np.int64]:

@@ -22,7 +22,6 @@ from muse_assets.catalog import IndexSpec, checked_identifier
 from muse_assets.failures import PermanentFailure
 
 Payload = bytes | str | None
-_MAX_IDX = 2**62
 _ROWS_A_QUERY = 1000
 
 
@@ -44,15 +43,16 @@ class Page:
 
 @dataclass(frozen=True)
 class Extent:
-    """Newest idx the partition covers (0: no rows) and the table's columns as name -> SQL type."""
+    """Oldest and newest idx the partition covers (0: no rows), the table's columns as name -> SQL type."""
 
+    oldest_idx: int
     newest_idx: int
     columns: dict[str, str]
 
     @property
     def bounds(self) -> Bounds:
         """All rows the partition covers."""
-        return Bounds(-_MAX_IDX, self.newest_idx)
+        return Bounds(self.oldest_idx, self.newest_idx)
 
 
 def freeze(connection: Connection) -> None:
@@ -104,7 +104,8 @@ def table_extent(connection: Connection, spec: IndexSpec, before: datetime | Non
         text(f"SELECT idx FROM {table} {condition}ORDER BY idx DESC LIMIT 1"),
         values,
     ).scalar()
-    return Extent(int(newest or 0), columns)
+    oldest = connection.execute(text(f"SELECT MIN(idx) FROM {table}")).scalar()
+    return Extent(int(oldest or 0), int(newest or 0), columns)
 
 
 def count_rows(connection: Connection, spec: IndexSpec) -> tuple[int, int, int]:

@@ -38,7 +38,7 @@ Encode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 
 def encoder_name() -> str:
     """Names the arithmetic: codes of different encoders may differ in ties, so they are never mixed."""
-    return f"faiss {faiss.__version__} {faiss.get_compile_options().strip()} {BLOCK_ROWS}/{_CODES_BLOCK}"
+    return f"faiss {faiss.__version__} {faiss.SIMDConfig.get_level_name()} {BLOCK_ROWS}/{_CODES_BLOCK}"
 
 
 @contextlib.contextmanager

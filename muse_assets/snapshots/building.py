@@ -129,10 +129,14 @@ def build_snapshot(
 
 
 def source_of(spec: IndexSpec) -> str:
-    """What the vectors come from and how they are read: another source is never built upon."""
+    """What the vectors come from, how they are read, and the gate they passed.
+
+    A snapshot of another source, or let through by another gate, is never built upon.
+    """
     return (
         f"{spec.table}.{spec.embedding_column} {spec.encoding} offset {spec.id_offset} "
-        f"buckets {BUCKET_ROWS}{' normalized' if spec.normalize else ''}"
+        f"buckets {BUCKET_ROWS}{' normalized' if spec.normalize else ''} "
+        f"gate {spec.recall_gate}/{spec.probe_share}/{spec.max_imbalance}"
     )
 
 
