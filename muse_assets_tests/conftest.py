@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import faiss
 import pytest
 import redis
 
@@ -28,6 +29,12 @@ class Stores:
     embedding_url: str
     playlist_url: str
     redis_url: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Training these few vectors with spinning threads takes seconds on a busy machine."""
+    faiss.omp_set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ Here: setting one up, running its assets in this process, and reading what a run
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
-import faiss
 import pytest
 import redis
 from sqlalchemy import Engine, text
@@ -201,15 +200,6 @@ def install(
         installation.embeddings, installation.playlists, replace(catalog, indexes=wanted), songs=songs
     )
     return installation
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Import it where indexes are built: on a busy machine spinning threads take longer than the work."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
 
 
 def hurry_retries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,11 +29,9 @@ from muse_assets_tests.installations import (
     DAY_TWO,
     Installation,
     install,
-    one_thread,
 )
 
 INDEX = "artist"  # the table with the fewest rows and one row a song
-__all__ = ["one_thread"]
 PROGRAMS = [program.id for program in CATALOG.programs]
 
 

@@ -30,10 +30,8 @@ from muse_assets_tests.installations import (
     Ran,
     hurry_retries,
     install,
-    one_thread,
 )
 
-__all__ = ["one_thread"]
 INDEX = "artist"
 SPEC = CATALOG.index(INDEX)
 TABLE, COLUMN = SPEC.table, SPEC.embedding_column

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import cast
 
-import faiss
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -44,15 +42,6 @@ NUMBERS = itertools.count()
 
 PICKS = st.lists(st.integers(0, 10**6), min_size=1, max_size=6)
 FEW = st.integers(1, 12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Training these few vectors with spinning threads takes seconds on a busy machine."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
 
 
 @dataclass

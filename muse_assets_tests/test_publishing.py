@@ -43,15 +43,6 @@ LYRICS = replace(SPEC, name="lyrics")
 Snapshot = tuple[Path, Manifest]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Training these few vectors with spinning threads takes seconds on a busy machine."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
-
-
 @lru_cache
 def trained_index(seed: int, *, rows: int = 400, dimension: int = 16, metric: int = faiss.METRIC_L2) -> Any:
     vectors = np.random.default_rng(seed).random((rows, dimension), dtype=np.float32)

@@ -78,7 +78,7 @@ def index_metadata(built: Built) -> dict[str, Any]:
         "sha256": facts.sha256,
         "cluster": facts.cluster,
         "path": dg.MetadataValue.path(str(built.path)),
-        "list_sizes": dg.MetadataValue.md(sparkline(sorted(built.list_sizes, reverse=True), "list sizes")),
+        "list_sizes": dg.MetadataValue.md(sparkline(sorted(facts.list_sizes, reverse=True), "list sizes")),
         "recall_by_nprobe": dg.MetadataValue.table(
             [dg.TableRecord({"nprobe": int(n), "recall@10": r}) for n, r in _ascending(facts.recall_curve)],
             schema=dg.TableSchema([dg.TableColumn("nprobe", "int"), dg.TableColumn("recall@10", "float")]),

@@ -67,12 +67,14 @@ _SAMPLE_SEED = 7
 
 @dataclass(frozen=True)
 class Built:
-    """A snapshot in place, what the gate said of it, and the plot data of this build."""
+    """A snapshot in place, what the gate said of it, and what was learned of the table.
+
+    rejected_examples: reason -> up to five idx. table_rows: valid and rejected. seconds: of this build.
+    """
 
     path: Path
     manifest: Manifest
     checks: tuple[Check, ...]
-    list_sizes: tuple[int, ...]
     rejected_examples: dict[str, list[int]]
     table_rows: int
     table_columns: dict[str, str]
@@ -80,9 +82,43 @@ class Built:
 
 
 @dataclass(frozen=True)
+class _Build:
+    """What one build is of; started: monotonic seconds."""
+
+    engine: Engine
+    spec: IndexSpec
+    work: Path
+    day: date
+    on_progress: Progress
+    started: float
+
+    @property
+    def target(self) -> Path:
+        return self.work / self.spec.snapshot_file(self.day)
+
+
+@dataclass(frozen=True)
 class _Parent:
     snapshot: Snapshot
     state: RowState
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """An index that was synced, and what it was synced from and to."""
+
+    index: Any
+    cluster: Cluster
+    parent: _Parent | None
+    table: TableState
+    synced: Synced
+
+
+@dataclass(frozen=True)
+class _Measured:
+    curve: ProbeCurve
+    imbalance: float
+    list_sizes: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -109,23 +145,22 @@ def build_snapshot(
     disappearance of rows. Raises GateFailed (with every check) when the result is not good, another
     MuseError when it could not be made; then the day's previous file, if any, is untouched.
     """
-    start = time.monotonic()
-    cluster_path = cluster_path or work / spec.cluster_file
+    build = _Build(engine, spec, work, day, on_progress, time.monotonic())
     with durable_files.locked(lock_file(work, spec)):
-        cluster = load_cluster(cluster_path, spec)
+        cluster = load_cluster(cluster_path or work / spec.cluster_file, spec)
         sweep(work, spec)
         on_progress("digesting the table", 0, 0)
         midnight = datetime.combine(day + timedelta(days=1), datetime.min.time())
         table = read_table_state(engine, spec, midnight)
-        parent = None if full else _find_parent(work, spec, day, cluster)
+        parent = None if full else _find_parent(build, cluster)
         if parent and not len(changed_buckets(parent.state.digests, table.digests)):
-            return _unchanged(work, spec, day, parent, table, start)
+            return _unchanged(build, parent, table)
         previous = next(snapshots(work, spec, until=day), None)
-        index = read_index(parent.snapshot.path, precompute=False) if parent else cluster.index
+        index = read_index(parent.snapshot.path) if parent else cluster.index
         synced = synchronize(engine, spec, index, parent.state if parent else None, table, on_progress)
         previous_rows = previous.manifest.rows if previous else 0
         require_plausible(spec, synced, previous_rows, confirm_shrink=confirm_shrink)
-        return _finish(engine, spec, work, day, index, cluster, parent, table, synced, start, on_progress)
+        return _finish(build, _Filled(index, cluster, parent, table, synced))
 
 
 def source_of(spec: IndexSpec) -> str:
@@ -140,29 +175,23 @@ def source_of(spec: IndexSpec) -> str:
     )
 
 
-def _find_parent(work: Path, spec: IndexSpec, day: date, cluster: Cluster) -> _Parent | None:
-    for snapshot in snapshots(work, spec, until=day):
+def _find_parent(build: _Build, cluster: Cluster) -> _Parent | None:
+    wanted = (cluster.fingerprint, encoder_name(), source_of(build.spec))
+    for snapshot in snapshots(build.work, build.spec, until=build.day):
         found = snapshot.manifest
-        if (found.cluster, found.encoder, found.source) == (
-            cluster.fingerprint,
-            encoder_name(),
-            source_of(spec),
-        ):
-            state = read_state(work, spec.name, found.sha256)
+        if (found.cluster, found.encoder, found.source) == wanted:
+            state = read_state(build.work, build.spec.name, found.sha256)
             if state is not None:
                 return _Parent(snapshot, state)
     return None
 
 
-def _unchanged(
-    work: Path, spec: IndexSpec, day: date, parent: _Parent, table: TableState, start: float
-) -> Built:
+def _unchanged(build: _Build, parent: _Parent, table: TableState) -> Built:
     """The table equals the parent: the day gets a hard link and keeps the parent's measurements."""
     before = parent.snapshot.manifest
-    target = work / spec.snapshot_file(day)
     manifest = replace(
         before,
-        partition=max(before.partition, day.isoformat()),
+        partition=max(before.partition, build.day.isoformat()),
         mode="unchanged",
         newest_idx=table.newest_idx,
         parent=before.sha256,
@@ -170,91 +199,74 @@ def _unchanged(
         removed=0,
         reembedded=0,
     )
-    write_manifest(work, manifest)
-    if parent.snapshot.path != target:
-        durable_files.link(parent.snapshot.path, target)
+    write_manifest(build.work, manifest)
+    if parent.snapshot.path != build.target:
+        durable_files.link(parent.snapshot.path, build.target)
     checks = tuple(
         gate.carried(
             Check(name, bool(facts["passed"]), str(facts["summary"]), _numbers(facts)), before.partition
         )
         for name, facts in before.checks.items()
     )
-    return Built(
-        path=target,
-        manifest=manifest,
-        checks=checks,
-        list_sizes=tuple(before.list_sizes),
-        rejected_examples=_rejected_examples(parent.state),
-        table_rows=table.digests.total_rows,
-        table_columns=table.columns,
-        seconds=time.monotonic() - start,
-    )
+    return _built(build, manifest, checks, parent.state, table)
 
 
-def _finish(
-    engine: Engine,
-    spec: IndexSpec,
-    work: Path,
-    day: date,
-    index: Any,
-    cluster: Cluster,
-    parent: _Parent | None,
-    table: TableState,
-    synced: Synced,
-    start: float,
-    on_progress: Progress,
-) -> Built:
-    target = work / spec.snapshot_file(day)
-    on_progress("measuring recall", 0, 0)
+def _finish(build: _Build, filled: _Filled) -> Built:
+    spec, index, synced = build.spec, filled.index, filled.synced
+    build.on_progress("measuring recall", 0, 0)
     index.use_precomputed_table = 0
     index.precompute_table()
-    sample = _sample_rows(engine, spec, synced)
+    sample = _sample_rows(build, synced)
     curve = measure_probes(index, sample.ids, sample.vectors, _QUERIES)
     index.nprobe = choose_nprobe(curve, spec.recall_gate, spec.probe_share)
-    balance, sizes = imbalance(index), list_sizes(index)
-    on_progress("writing", 0, 0)
-    staged = durable_files.stage(target, partial(write_index, index))
+    measured = _Measured(curve, imbalance(index), list_sizes(index))
+    build.on_progress("writing", 0, 0)
+    staged = durable_files.stage(build.target, partial(write_index, index))
     try:
-        on_progress("checking", 0, 0)
+        build.on_progress("checking", 0, 0)
+        differences = _differences(staged, index, filled.cluster, sample)
         checks = (
             gate.check_id_parity(synced.expected_ids, list_ids(index), synced.state.digests.total_rows),
             gate.check_recall(spec, curve, index.nprobe, len(sample.ids)),
-            _reencode(engine, spec, index, sample, synced),
-            gate.check_balance(spec, balance, sizes),
+            _reencode(build, index, sample, synced),
+            gate.check_balance(spec, measured.imbalance, measured.list_sizes),
             gate.check_norms(np.linalg.norm(sample.vectors, axis=1)),
-            gate.check_integrity(_differences(staged, index, cluster, sample), staged.sha256, staged.size),
+            gate.check_integrity(differences, staged.sha256, staged.size),
         )
-        gate.require_passed(spec, day.isoformat(), checks)
-        manifest = _manifest(
-            spec, day, index, cluster, parent, table, synced, staged, curve, balance, checks, sizes
-        )
-        write_state(work, spec.name, staged.sha256, synced.state)
-        write_manifest(work, manifest)
+        gate.require_passed(spec, build.day.isoformat(), checks)
+        manifest = _manifest(build, filled, measured, staged, checks)
+        write_state(build.work, spec.name, staged.sha256, synced.state)
+        write_manifest(build.work, manifest)
     except BaseException:
         durable_files.discard(staged)
         raise
     durable_files.commit(staged)
+    return _built(build, manifest, checks, synced.state, filled.table)
+
+
+def _built(
+    build: _Build, manifest: Manifest, checks: tuple[Check, ...], state: RowState, table: TableState
+) -> Built:
     return Built(
-        path=target,
+        path=build.target,
         manifest=manifest,
         checks=checks,
-        list_sizes=tuple(int(size) for size in sizes),
-        rejected_examples=_rejected_examples(synced.state),
-        table_rows=synced.state.digests.total_rows,
+        rejected_examples=_rejected_examples(state),
+        table_rows=state.digests.total_rows,
         table_columns=table.columns,
-        seconds=time.monotonic() - start,
+        seconds=time.monotonic() - build.started,
     )
 
 
-def _sample_rows(engine: Engine, spec: IndexSpec, synced: Synced) -> _RowSample:
+def _sample_rows(build: _Build, synced: Synced) -> _RowSample:
     """Random valid rows, read again from the table; rows that have gone meanwhile are left out.
 
     The choice depends on the ids alone, so the same rows give the same nprobe and the same file.
     """
-    random = np.random.default_rng(_SAMPLE_SEED)
+    spec, random = build.spec, np.random.default_rng(_SAMPLE_SEED)
     count = min(_SAMPLED_ROWS, len(synced.expected_ids))
     wanted = np.sort(random.choice(synced.expected_ids, count, replace=False)) - spec.id_offset
-    with connected(engine, f"sampling {spec.table} to check {spec.name}") as connection:
+    with connected(build.engine, f"sampling {spec.table} to check {spec.name}") as connection:
         page = join_pages(rows_by_idx(connection, spec, wanted))
     decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
     good = decoded.reasons == Reason.OK
@@ -263,14 +275,15 @@ def _sample_rows(engine: Engine, spec: IndexSpec, synced: Synced) -> _RowSample:
     return _RowSample(ids[order], vectors[order])
 
 
-def _reencode(engine: Engine, spec: IndexSpec, index: Any, sample: _RowSample, synced: Synced) -> Check:
+def _reencode(build: _Build, index: Any, sample: _RowSample, synced: Synced) -> Check:
+    spec = build.spec
     ids = sample.ids[:_REENCODED_ROWS]
     wrong = reencoded_wrongly(index, ids, sample.vectors[:_REENCODED_ROWS])
     if len(wrong):
         # A writer may have changed a row after it was indexed: that is the next run's, not a fault.
         buckets = np.unique((wrong - spec.id_offset) // BUCKET_ROWS)
         bounds = [Bounds(int(b) * BUCKET_ROWS, int(b + 1) * BUCKET_ROWS - 1) for b in buckets]
-        with connected(engine, f"digesting {spec.table} for {spec.name}") as connection:
+        with connected(build.engine, f"digesting {spec.table} for {spec.name}") as connection:
             now = read_digests(connection, spec, bounds)
         moved = changed_buckets(synced.state.digests.select(buckets), now)
         wrong = wrong[~np.isin((wrong - spec.id_offset) // BUCKET_ROWS, moved)]
@@ -298,22 +311,12 @@ def _differences(staged: Staged, index: Any, cluster: Cluster, sample: _RowSampl
 
 
 def _manifest(
-    spec: IndexSpec,
-    day: date,
-    index: Any,
-    cluster: Cluster,
-    parent: _Parent | None,
-    table: TableState,
-    synced: Synced,
-    staged: Staged,
-    curve: ProbeCurve,
-    balance: float,
-    checks: tuple[Check, ...],
-    sizes: NDArray[np.int64],
+    build: _Build, filled: _Filled, measured: _Measured, staged: Staged, checks: tuple[Check, ...]
 ) -> Manifest:
+    spec, index, synced, curve = build.spec, filled.index, filled.synced, measured.curve
     return Manifest(
         index=spec.name,
-        partition=day.isoformat(),
+        partition=build.day.isoformat(),
         sha256=staged.sha256,
         size=staged.size,
         built_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -327,20 +330,20 @@ def _manifest(
         nbits=index.pq.nbits,
         nprobe=index.nprobe,
         id_offset=spec.id_offset,
-        cluster=cluster.fingerprint,
+        cluster=filled.cluster.fingerprint,
         encoder=encoder_name(),
         source=source_of(spec),
-        newest_idx=table.newest_idx,
-        mode="incremental" if parent else "full",
-        parent=parent.snapshot.manifest.sha256 if parent else None,
+        newest_idx=filled.table.newest_idx,
+        mode="incremental" if filled.parent else "full",
+        parent=filled.parent.snapshot.manifest.sha256 if filled.parent else None,
         added=synced.added,
         removed=synced.removed,
         reembedded=synced.reembedded,
         rejected=synced.state.rejected_counts(),
         recall_at_10=curve.at(index.nprobe),
         recall_curve={str(n): round(r, 4) for n, r in zip(curve.nprobe, curve.recall, strict=True)},
-        imbalance=round(balance, 4),
-        list_sizes=[int(size) for size in sizes],
+        imbalance=round(measured.imbalance, 4),
+        list_sizes=[int(size) for size in measured.list_sizes],
         checks={
             check.name: {"passed": check.passed, "summary": check.summary, **check.facts} for check in checks
         },
