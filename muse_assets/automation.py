@@ -6,6 +6,7 @@ assets do.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ _IN_PROGRESS = [
     DagsterRunStatus.CANCELING,
 ]
 _LOOK_BACK = 20
+_BACKFILL_TAG = "dagster/backfill"
 
 
 def build_jobs(catalog: Catalog) -> list[Any]:
@@ -160,6 +162,8 @@ def build_deploy_sensor(
 ) -> dg.SensorDefinition:
     """One sensor for all indexes: deploys what was built, and after the last deploy reloads and refreshes."""
 
+    lanes = {key(spec) for spec in catalog.indexes for key in (cluster_key, index_key, deployed_key)}
+
     @dg.sensor(
         name="deploy_new_builds",
         jobs=jobs,
@@ -171,7 +175,7 @@ def build_deploy_sensor(
     def deploy_new_builds(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         instance = context.instance
         cursor = read_cursor(context.cursor)
-        busy = _runs_in_progress(instance)
+        busy = _runs_in_progress(instance, lanes)
         if busy.get(REBUILD):
             return dg.SkipReason("waiting: a rebuild is running and deploys by itself")
         live = {spec.name: _newest(instance, deployed_key(spec)) for spec in catalog.indexes}
@@ -188,16 +192,13 @@ def build_deploy_sensor(
                 run_requests=requests, cursor=write_cursor(Cursor(builds, cursor.followed))
             )
         newest_deploy = max((event.storage_id for event in live.values() if event), default=0)
-        if not cursor.followed and newest_deploy < _newest_storage_id(instance, PLAYLIST_CACHE):
-            # A first look at an instance where someone did all of it by hand.
-            cursor = Cursor(builds, newest_deploy)
         if newest_deploy <= cursor.followed:
             return dg.SensorResult(
                 skip_reason="nothing new: every validated build is live and was followed up",
                 cursor=write_cursor(Cursor(builds, cursor.followed)),
             )
-        if waiting := {job: n for job, n in busy.items() if job not in (PLAYLISTS, RELOAD)}:
-            running_now = ", ".join(f"{n} of {job}" for job, n in waiting.items())
+        if busy:
+            running_now = ", ".join(f"{n} of {job}" for job, n in busy.items())
             return dg.SensorResult(
                 skip_reason=f"waiting for the day's last deploy: in progress {running_now}",
                 cursor=write_cursor(Cursor(builds, cursor.followed)),
@@ -238,10 +239,16 @@ def _after_deploys(catalog: Catalog, deploy: int, *, reloads: bool) -> list[dg.R
     ]
 
 
-def _runs_in_progress(instance: dg.DagsterInstance) -> Mapping[str, int]:
+def _runs_in_progress(instance: dg.DagsterInstance, lanes: AbstractSet[dg.AssetKey]) -> Mapping[str, int]:
+    """Job -> runs that may still bring a deploy today.
+
+    Not other teams' runs, nor a backfill: they could hold back the reload and the playlists for hours.
+    """
     counts: dict[str, int] = {}
     for run in instance.get_runs(dg.RunsFilter(statuses=_IN_PROGRESS)):
-        counts[run.job_name] = counts.get(run.job_name, 0) + 1
+        ours = run.job_name in (DAILY, REBUILD, DEPLOY) or bool(lanes & (run.asset_selection or set()))
+        if ours and _BACKFILL_TAG not in run.tags:
+            counts[run.job_name] = counts.get(run.job_name, 0) + 1
     return counts
 
 
@@ -268,8 +275,3 @@ def _events(instance: dg.DagsterInstance, key: dg.AssetKey | dg.AssetRecordsFilt
 
 def _value(metadata: Mapping[str, dg.MetadataValue[Any]], name: str) -> Any:
     return metadata[name].value if name in metadata else None
-
-
-def _newest_storage_id(instance: dg.DagsterInstance, key: dg.AssetKey) -> int:
-    records = instance.fetch_materializations(key, limit=1).records
-    return records[0].storage_id if records else 0

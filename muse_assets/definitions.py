@@ -50,7 +50,7 @@ def build_resources(settings: Settings) -> dict[str, Any]:
         "playlist_database": Database(url=_from_environment("MUSE_PLAYLIST_DB_URL", settings.playlist_url())),
         "redis": RedisServer(
             url=_from_environment("MUSE_REDIS_URL", settings.redis_address()),
-            embedded_directory=str(settings.root / "valkey"),
+            embedded_directory=str(settings.valkey_directory()),
         ),
         "work_directory": WorkDirectory(path=str(settings.work_directory())),
         "server_directory": ServerDirectory(

@@ -93,7 +93,7 @@ def stage(target: Path, produce: Callable[[Write], None], *, expected_size: int 
     A failed fsync is never retried: the kernel may have dropped the pages. Raises PassingFailure or
     PermanentFailure with the path, and leaves no temp file.
     """
-    temp = target.parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}{_TEMP_SUFFIX}"
+    temp = _temp(target)
     with _explained(temp):
         descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -180,7 +180,7 @@ def link(source: Path, target: Path) -> None:
 
     For files that are replaced by rename only and never written in place.
     """
-    temp = target.parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}{_TEMP_SUFFIX}"
+    temp = _temp(target)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -189,6 +189,24 @@ def link(source: Path, target: Path) -> None:
         finally:
             temp.unlink(missing_ok=True)  # renaming onto the same inode leaves both names
         fsync_directory(target.parent)
+
+
+def hold(path: Path) -> Path | None:
+    """Keep the bytes at `path` under a temp name while `path` is replaced; None if nothing is there.
+
+    Rename it back or unlink it; `sweep` removes what a killed process left.
+    """
+    held = _temp(path)
+    with _explained(path):
+        try:
+            held.hardlink_to(path)
+        except FileNotFoundError:
+            return None
+    return held
+
+
+def _temp(target: Path) -> Path:
+    return target.parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}{_TEMP_SUFFIX}"
 
 
 @contextlib.contextmanager

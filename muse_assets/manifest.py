@@ -22,8 +22,8 @@ class Manifest:
 
     rows: vectors in the inverted lists. ntotal_field: what the file's own `ntotal` says, largest id + 1.
     partition: newest day (Seoul, ISO) this content stands for. cluster: fingerprint of the coarse
-    centroids and the codebook. recall_curve: nprobe -> recall@10. rejected: reason -> rows.
-    list_sizes: codes per inverted list. checks: the gate's outcomes, name -> facts.
+    centroids and the codebook. gate: the limits that were kept. rejected: reason -> rows. recall_curve:
+    nprobe -> recall@10. list_sizes: codes per inverted list. checks: the gate's outcomes, name -> facts.
     """
 
     index: str
@@ -50,6 +50,7 @@ class Manifest:
     added: int
     removed: int
     reembedded: int
+    gate: str = ""
     rejected: dict[str, int] = field(default_factory=dict)
     recall_at_10: float = 0.0
     recall_curve: dict[str, float] = field(default_factory=dict)

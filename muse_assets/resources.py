@@ -15,8 +15,7 @@ import redis
 from sqlalchemy import Engine
 
 from muse_assets.connections.databases import engine_for
-from muse_assets.connections.embedded_valkey import embedded_valkey
-from muse_assets.connections.redis_server import connect
+from muse_assets.connections.redis_server import opened
 from muse_assets.failures import PermanentFailure
 from muse_assets.snapshots.progress import Progress
 
@@ -41,9 +40,7 @@ class RedisServer(dg.ConfigurableResource[Any]):
     @contextlib.contextmanager
     def client(self) -> Iterator[redis.Redis]:
         """A connected client; the embedded server runs at least as long as it is used."""
-        with contextlib.ExitStack() as stack:
-            url = self.url or stack.enter_context(embedded_valkey(Path(self.embedded_directory)))
-            client = stack.enter_context(contextlib.closing(connect(url)))
+        with opened(self.url, Path(self.embedded_directory)) as client:
             yield client
 
 

@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(None, description="redis://, rediss:// or unix:// URL")
     work_dir: Path | None = Field(None, description="Clusters and dated snapshots")
     server_dir: Path | None = Field(None, description="Where the search server reads its live files")
+    log_dir: Path = Field(Path("logs"), description="Folder of the legacy verbs' logs")
     playlist_layout: Literal["song_tables", "song_pool"] = Field(
         "song_tables", description="One table per program, or one pool table with a program column"
     )
@@ -47,6 +48,11 @@ class Settings(BaseSettings):
         """`home` as an absolute path."""
         return self.home.expanduser().resolve()
 
+    @property
+    def embedded_databases(self) -> bool:
+        """Whether both databases are the embedded default's SQLite files."""
+        return self.embedding_db_url is None and self.playlist_db_url is None
+
     def embedding_url(self) -> str:
         """SQLAlchemy URL of the embedding database. May hold a password: never log it."""
         return _secret_or(self.embedding_db_url, f"sqlite:///{self.root / 'embeddings.sqlite'}")
@@ -58,6 +64,10 @@ class Settings(BaseSettings):
     def redis_address(self) -> str:
         """URL of Redis, empty for the embedded Valkey. May hold a password: never log it."""
         return _secret_or(self.redis_url, "")
+
+    def valkey_directory(self) -> Path:
+        """Folder of the embedded Valkey."""
+        return self.root / "valkey"
 
     def work_directory(self) -> Path:
         """Folder of clusters and snapshots."""

@@ -322,8 +322,10 @@ def test_the_reload_hook_covers_the_deployed_files_once(small: Installation, tmp
 
 def test_a_failing_reload_is_red_and_puts_the_files_back(small: Installation, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    # Fails from the moment that `broken` exists.
-    hook = _command(f"import pathlib, sys; sys.exit(pathlib.Path({str(broken)!r}).exists() and 'no license')")
+    # Fails with its words from the moment that `broken` exists; a hook's own arguments are masked.
+    hook = _command(
+        f"import pathlib, sys; p = pathlib.Path({str(broken)!r}); sys.exit(p.exists() and p.read_text())"
+    )
     reloading = small.with_settings(reload=hook)
     reloading.rebuild(INDEX)
     assert reloading.run("reload").success
@@ -331,11 +333,17 @@ def test_a_failing_reload_is_red_and_puts_the_files_back(small: Installation, tm
     _grow(small)
     assert reloading.build(INDEX, DAY_TWO).success
     assert reloading.deploy(INDEX).success
-    broken.touch()
+    broken.write_text("no license")
 
     ran = reloading.run("reload")
 
     assert ran.materialized == []
+    latest = reloading.instance.get_latest_materialization_event(dg.AssetKey([INDEX, "deployed"]))
+    assert latest is not None
+    assert latest.run_id == ran.result.run_id
+    assert latest.asset_materialization is not None
+    facts = {name: value.value for name, value in latest.asset_materialization.metadata.items()}
+    assert (facts["sha256"], facts["rollback"]) == (good, True)  # what went back is live now
     assert ran.retries == 0
     assert "no license" in ran.failure
     assert f"{INDEX} went back to {good[:12]} of {DAY_ONE}" in ran.failure

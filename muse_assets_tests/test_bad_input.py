@@ -159,7 +159,9 @@ def test_a_mass_deletion_waits_for_confirmation(live: Installation) -> None:
         )
     confirmed = live.build(INDEX, DAY_TWO, confirm_shrink=True)
     assert confirmed.success, confirmed.failure
-    assert live.deploy(INDEX).metadata(f"{INDEX}/deployed")["dagster/row_count"] == ROWS // 2
+    assert_red(live.deploy(INDEX), "confirm_shrink")
+    deployed = live.deploy(INDEX, confirm_shrink=True)
+    assert deployed.metadata(f"{INDEX}/deployed")["dagster/row_count"] == ROWS // 2
 
 
 def test_an_emptied_table_is_refused_even_when_confirmed(live: Installation) -> None:
@@ -176,7 +178,7 @@ def test_a_missing_table_is_named(live: Installation) -> None:
     live.execute(f"DROP TABLE {TABLE}")
     with nothing_changes(live):
         for ran in (live.build(INDEX, DAY_TWO), live.run("rebuild", f"{INDEX}/cluster")):
-            assert_red(ran, f"{INDEX}: table {TABLE} does not exist", "`muse sample`")
+            assert_red(ran, f"{INDEX}: table {TABLE} does not exist", "restore it")
         assert_red(live.cache("drp"), "playlist_cache · drp", "tb_embedding_")
 
 

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
@@ -31,9 +32,9 @@ from rich.cells import cell_len
 from muse_assets.catalog import CATALOG, IndexSpec
 from muse_assets.connections.embedded_valkey import embedded_valkey
 from muse_assets.connections.redis_server import connect
-from muse_assets.durable_files import file_sha256
+from muse_assets.durable_files import file_sha256, locked
 from muse_assets.ivfpq.files import describe
-from muse_assets.partitions import seoul_today
+from muse_assets.partitions import SEOUL, seoul_today
 
 MUSE = Path(sys.executable).with_name("muse")
 SPECS = list(CATALOG.indexes)
@@ -349,7 +350,7 @@ def test_roll_back_and_forward(built: Built, home: Path) -> None:
         assert "vibe · deploy: " in done.stdout
         assert "\nNext: " in done.stdout
     assert live_digests(home)["vibe"] == built.first_live["vibe"]
-    assert third[:12] in succeed(home, "deploy", "vibe")
+    assert third[:12] in succeed(home, "deploy", "vibe", "--confirm-shrink")
     assert live_digests(home)["vibe"] == third
 
 
@@ -432,6 +433,102 @@ def test_the_legacy_verbs_train_fill_bring_up_to_date_and_describe(home: Path, t
     assert "has dimension 1024, not 512" in wrong
 
 
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file but locks, with its inode and time of change."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts)
+    return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def build(home: Path, verb: str, source: Path, output: Path) -> str:
+    return succeed(home, verb, *legacy(TITLE), "--input", str(source), "--output", str(output))
+
+
+def test_a_legacy_build_changes_its_output_and_no_other_file(home: Path) -> None:
+    work = home / "work"
+    today, mine = work / TITLE.snapshot_file(seoul_today()), work / "title by hand.index"
+    before = tree(work)
+    (work / ".muse_title.building").mkdir()  # of a killed call
+    (work / ".muse_title.building" / "left").touch()
+
+    said = build(home, "add_daily_faiss", today, mine)
+    assert "(unchanged: 0 added" in said
+    assert file_sha256(mine) == file_sha256(today)
+    assert mine.stat().st_ino != today.stat().st_ino
+    assert tree(work).items() >= before.items()
+    assert tree(work).keys() - before.keys() == {mine.name}
+
+    succeed(home, "sample", "--days", "1")
+    said = build(home, "add_daily_faiss", mine, mine)
+    assert "(incremental: " in said
+    facts = f".manifests/title/{file_sha256(mine)}"
+    assert tree(work).keys() - before.keys() == {mine.name, f"{facts}.json", f"{facts}.rows.npz"}
+    assert {name: stamp for name, stamp in tree(work).items() if name in before} == before
+
+    # What was built by hand is what the asset's own build makes of the same rows.
+    build(home, "add_daily_faiss", today, today)
+    assert file_sha256(today) == file_sha256(mine)
+    assert "0 of them not as published" in succeed(home, "verify", "title")
+
+
+@pytest.mark.parametrize("verb", ["train_faiss", "add_faiss", "add_daily_faiss"])
+def test_legacy_verbs_refuse_files_that_are_not_theirs(home: Path, verb: str) -> None:
+    work, server = home / "work", home / "server"
+    before = tree(work), tree(server)
+    source = [] if verb == "train_faiss" else ["--input", str(work / TITLE.cluster_file)]
+    wrong_day = TITLE.snapshot_file(seoul_today() - timedelta(days=1))
+    wrong_index = ARTIST.snapshot_file(seoul_today())
+    for output, said in (
+        (server / TITLE.live_file, "`muse deploy`"),
+        (server / "new folder" / "any.index", "`muse deploy`"),
+        (work / wrong_day, "named like a dated snapshot"),
+        (work / wrong_index, "named like a dated snapshot"),
+    ):
+        text = refused(home, verb, *legacy(TITLE), *source, "--output", str(output))
+        assert said in text
+        assert str(output) in text
+    assert (tree(work), tree(server)) == before
+
+
+def log_lines(folder: Path, verb: str) -> list[str]:
+    """The lines of the verb's log of today, without their times, which are checked."""
+    lines = (folder / verb / f"{verb}_{seoul_today():%Y%m%d}.log").read_text("utf-8").splitlines()
+    now = datetime.now(SEOUL).replace(tzinfo=None)
+    for line in lines:
+        assert timedelta(0) <= now - datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S") < timedelta(minutes=2)
+    return [line[24:] for line in lines]
+
+
+def test_legacy_verbs_log_each_event_on_a_line(home: Path, tmp_path: Path) -> None:
+    cluster, output = home / "work" / TITLE.cluster_file, tmp_path / "full.index"
+    build(home, "add_faiss", cluster, output)
+    refused(home, "add_faiss", *legacy(TITLE), "--input", str(tmp_path / "none"), "--output", str(output))
+    start, *progress, result, start_again, failure = log_lines(home.parent / "logs", "add_faiss")
+    for line in (start, start_again):
+        assert line.startswith("INFO start ")
+        assert "--model bgem3" in line
+        assert "--type song_name" in line
+    assert f"--output {output}" in start
+    rows = len(table_idx(home, TITLE))
+    assert f"INFO encoding: {rows}" in progress
+    assert result.startswith(f"INFO {output}: {rows} rows (full: ")
+    assert failure.startswith("ERROR failed: title has no trained cluster: ")
+    assert " Next: " in failure
+
+    with contextlib.closing(sqlite3.connect(home / "playlists.sqlite")) as connection, connection:
+        connection.execute("DROP TABLE tb_song_k2k_m")
+    assert muse(home, "cache_playlist", MUSE_LOG_DIR=str(tmp_path / "else")).returncode == 1
+    start, *programs = log_lines(tmp_path / "else", "cache_playlist")
+    assert start == "INFO start"
+    failed = [line for line in programs if line.startswith("ERROR k2k failed: ")]
+    assert len(failed) == 1
+    assert "tb_song_k2k_m" in failed[0]
+    done = {line.split()[1] for line in programs if line.startswith("INFO ")}
+    assert done == {program.id for program in CATALOG.programs} - {"k2k"}
+
+    (tmp_path / "file").touch()
+    assert "MUSE_LOG_DIR" in refused(home, "cache_playlist", MUSE_LOG_DIR=str(tmp_path / "file"))
+
+
 def test_cache_playlist_refreshes_every_program(home: Path) -> None:
     with embedded_valkey(home / "valkey") as url, connect(url) as client:
         client.flushall()
@@ -440,6 +537,16 @@ def test_cache_playlist_refreshes_every_program(home: Path) -> None:
         assert len(client.keys("playlist_update:*")) == 6
     assert [line.split()[0] for line in said.splitlines()] == [program.id for program in CATALOG.programs]
     assert all(program.title in said for program in CATALOG.programs)
+
+
+def test_a_redis_that_is_set_gets_the_playlists_and_answers(home: Path, redis_url: str) -> None:
+    with connect(redis_url) as client:
+        client.flushdb()
+        assert succeed(home, "cache_playlist", MUSE_REDIS_URL=redis_url)
+        assert len(client.keys("playlist_idx:*")) == 42
+        said = succeed(home, "search", "vibe", "--idx", "7", "--program", "drp", MUSE_REDIS_URL=redis_url)
+        assert " ids of drp" in said
+        client.flushdb()
 
 
 @pytest.mark.parametrize("verb", ["train_faiss", "add_faiss", "add_daily_faiss"])
@@ -562,6 +669,48 @@ def test_the_next_run_heals_a_killed_one_and_closes_its_record(home: Path) -> No
         assert closed.status == DagsterRunStatus.FAILURE
     assert "0 of them not as published" in succeed(home, "verify", "lyrics")
     assert not list(home.glob("*/.muse_lyrics*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_sample_that_was_cut_short_is_written_whole_by_the_next_run(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    home = tmp_path / "home"
+    process = subprocess.Popen(
+        [MUSE, "run", "--index", "album_name"],
+        env=environment(home, PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "artist (" in line:
+            break
+    process.send_signal(number)
+    process.communicate(timeout=15)
+    assert (home / ".sample.part").exists() == (number == signal.SIGKILL)
+    assert "2,000 songs" in succeed(home, "run", "--index", "album_name")
+    assert not (home / ".sample.part").exists()
+    assert all(table_idx(home, spec) for spec in SPECS)
+
+
+def test_a_run_that_waits_to_try_again_says_so(home: Path) -> None:
+    with locked(home / "work" / ".locks" / "title.lock"):
+        process = subprocess.Popen(
+            [MUSE, "run", "--index", "title"],
+            env=environment(home),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if "Trying again" in line), "")
+        process.terminate()
+        process.communicate(timeout=15)
+    assert said.startswith("title · index ")
+    assert "holds the lock" in said
+    assert said.endswith("Trying again in 15 s.\n")
 
 
 # --- the page ---

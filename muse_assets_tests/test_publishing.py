@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -30,11 +31,12 @@ from muse_assets import durable_files
 from muse_assets.catalog import IndexSpec
 from muse_assets.failures import Conflict, MuseError, PassingFailure, PermanentFailure
 from muse_assets.ivfpq.files import describe, write_index
-from muse_assets.manifest import Manifest, read_manifest
-from muse_assets.publishing.backups import Retention, backups
+from muse_assets.manifest import Manifest, read_manifest, write_manifest
+from muse_assets.publishing.backups import Retention, backups, prune
 from muse_assets.publishing.deploying import Deployment, deploy, rollback
 from muse_assets.publishing.live import live_file
-from muse_assets.publishing.reloading import loaded_contents, reload_server
+from muse_assets.publishing.loaded import loaded_contents
+from muse_assets.publishing.reloading import ReloadFailed, reload_server
 from muse_assets.publishing.verifying import verify
 
 SPEC = IndexSpec("vibe", "clap", "song", 16, "tb_vibe", "embedding", m=4, nbits=4)
@@ -232,24 +234,22 @@ def test_an_older_day_is_refused(work: Path, server: Path) -> None:
 
 
 def violating(work: Path, what: str) -> tuple[Snapshot, str]:
-    path = work / "violating.index"
-    if what == "dimension":
-        return snapshot_of(trained_index(2, dimension=32), path), "dimension is 32, the live file has 16"
-    if what == "metric":
-        inner = faiss.METRIC_INNER_PRODUCT
-        return snapshot_of(trained_index(2, metric=inner), path), "metric is metric 0, the live file has l2"
-    if what == "class":
-        return snapshot_of(flat_index(2), path), "index class IndexFlat"
-    if what == "id_offset":
-        taken = snapshot_of(trained_index(2), path)
-        return (path, replace(taken[1], id_offset=0)), "id_offset is 0, the live file has -1"
-    if what == "index":
-        taken = snapshot_of(trained_index(2), path)
-        return (path, replace(taken[1], index="title")), "a file of index title"
-    return snapshot_of(trained_index(2, rows=4000), path), "more than 1.5 times"
+    inner = faiss.METRIC_INNER_PRODUCT
+    made: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+        "dimension": (partial(trained_index, 2, dimension=32), {}, "dimension is 32, the live file has 16"),
+        "metric": (partial(trained_index, 2, metric=inner), {}, "metric is metric 0, the live file has l2"),
+        "class": (partial(flat_index, 2), {}, "index class IndexFlat"),
+        "id_offset": (partial(trained_index, 2), {"id_offset": 0}, "id_offset is 0, the live file has -1"),
+        "index": (partial(trained_index, 2), {"index": "title"}, "a file of index title"),
+        "size": (partial(trained_index, 2, rows=4000), {}, "more than 1.5 times"),
+        "rows": (partial(trained_index, 2, rows=300), {}, "300 rows are over 10% fewer .* live file's 400"),
+    }
+    index, wrong_facts, reason = made[what]
+    path, manifest = snapshot_of(index(), work / "violating.index")
+    return (path, replace(manifest, **wrong_facts)), reason
 
 
-@pytest.mark.parametrize("what", ["dimension", "metric", "class", "id_offset", "index", "size"])
+@pytest.mark.parametrize("what", ["dimension", "metric", "class", "id_offset", "index", "size", "rows"])
 def test_what_the_server_could_not_serve_is_refused(work: Path, server: Path, what: str) -> None:
     put(server, snapshot(work, 1))
     before = contents(server)
@@ -259,10 +259,22 @@ def test_what_the_server_could_not_serve_is_refused(work: Path, server: Path, wh
     assert contents(server) == before
 
 
-def test_a_confirmed_size_is_taken(work: Path, server: Path) -> None:
+@pytest.mark.parametrize(("what", "confirmation"), [("size", "confirm_size"), ("rows", "confirm_shrink")])
+def test_a_confirmed_growth_or_shrink_is_taken(
+    work: Path, server: Path, what: str, confirmation: str
+) -> None:
     put(server, snapshot(work, 1))
-    taken, _ = violating(work, "size")
-    assert put(server, taken, confirm_size=True).sha256 == taken[1].sha256
+    taken, _ = violating(work, what)
+    assert put(server, taken, **{confirmation: True}).sha256 == taken[1].sha256
+
+
+def test_far_fewer_rows_than_in_an_adopted_file_are_refused(work: Path, server: Path) -> None:
+    faiss.write_index(trained_index(7), str(server / SPEC.live_file))
+    taken, reason = violating(work, "rows")
+    with pytest.raises(PermanentFailure, match=reason):
+        put(server, taken)
+    few = snapshot_of(trained_index(3, rows=360), work / "few.index")
+    assert put(server, few).sha256 == live(server)
 
 
 def test_the_first_file_has_to_match_the_catalog(work: Path, server: Path) -> None:
@@ -277,6 +289,26 @@ def test_a_damaged_snapshot_is_refused(work: Path, server: Path) -> None:
     flip_a_byte(second[0])
     with pytest.raises(PermanentFailure, match="is damaged"):
         put(server, second)
+    assert contents(server) == before
+
+
+def test_a_snapshot_built_anew_during_the_deploy_is_a_conflict(
+    work: Path, server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(server, snapshot(work, 1))
+    before = contents(server)
+    path, manifest = snapshot(work, 2)
+    anew = snapshot(work, 3)
+    copy_into = durable_files.copy_into
+
+    def copy_after_a_build(source: Path) -> Callable[[durable_files.Write], None]:
+        write_manifest(work, anew[1])
+        shutil.copyfile(anew[0], path)
+        return copy_into(source)
+
+    monkeypatch.setattr("muse_assets.publishing.deploying.copy_into", copy_after_a_build)
+    with pytest.raises(Conflict, match="built anew while it was copied"):
+        put(server, (path, manifest))
     assert contents(server) == before
 
 
@@ -474,7 +506,8 @@ def test_young_backups_stay_and_a_content_is_kept_once(work: Path, server: Path)
     for one in taken * 2:
         put(server, one)
     assert sorted(b.sha12 for b in backups(SPEC, server)) == sorted(m.sha256[:12] for _, m in taken)
-    put(server, taken[0], retention=Retention(backups=1, days=0))
+    put(server, taken[0])
+    prune(SPEC, server, live(server), Retention(backups=1, days=0))
     assert [b.sha12 for b in backups(SPEC, server)] == [taken[3][1].sha256[:12]]
     assert_sound(server)
 
@@ -488,6 +521,47 @@ def test_a_clock_that_was_set_back_does_not_reorder_backups(work: Path, server: 
     newest = backups(SPEC, server)[0]
     assert newest.sha12 == taken[1][1].sha256[:12]
     assert newest.replaced_at > datetime.now(UTC)
+
+
+def unprunable(server: Path) -> Path:
+    """A backup too old to keep that is a folder, so that removing it fails."""
+    folder = server / ".backups" / SPEC.name / "20000101T000000.000000Z_aaaaaaaaaaaa.index"
+    folder.mkdir()
+    return folder
+
+
+def test_a_publication_that_cannot_prune_holds_and_warns(work: Path, server: Path) -> None:
+    taken = [snapshot(work, seed) for seed in range(4)]
+    for one in taken[:3]:
+        assert put(server, one).warning is None
+    unprunable(server)
+    done = put(server, taken[3])
+    assert done.warning is not None
+    assert "could not be pruned" in done.warning
+    assert done.sha256 == live(server) == taken[3][1].sha256
+    # A retry of a rollback would take it back, so it must not fail either.
+    back = rollback(SPEC, server)
+    assert back.warning is not None
+    assert back.sha256 == live(server) == taken[2][1].sha256
+
+
+def test_an_unreadable_record_of_what_was_loaded_stops_pruning_only(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    (server / ".loaded.json").write_text("[]")
+    second = snapshot(work, 2)
+    done = put(server, second)
+    assert done.warning is not None
+    assert ".loaded.json is not a JSON object" in done.warning
+    assert live(server) == second[1].sha256
+
+
+def test_a_backup_that_vanishes_while_listed_is_left_out(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    put(server, snapshot(work, 2))
+    known = backups(SPEC, server)
+    gone = server / ".backups" / SPEC.name / "20990101T000000.000000Z_aaaaaaaaaaaa.index"
+    gone.symlink_to(server / "gone")
+    assert backups(SPEC, server) == known
 
 
 # --- directories that cannot be written
@@ -664,6 +738,67 @@ def test_a_fault_at_any_step_leaves_a_complete_live_file(
     assert outcomes >= {(failed, old), (failed, new), (PAST_THE_END, new)}
 
 
+@pytest.mark.parametrize(
+    ("start", "rolls_back"), [(legacy_server, False), (first_and_second, False), (first_and_second, True)]
+)
+def test_an_error_at_any_step_undoes_everything_or_says_that_it_may_be_live(
+    work: Path, tmp_path: Path, start: Callable[[Path, Path], Path], rolls_back: bool
+) -> None:
+    template, taken = start(work, tmp_path / "template"), snapshot(work, 3)
+    seen: list[str] = []
+    for step in range(1, 200):
+        server = tmp_path / f"server_{step}"
+        shutil.copytree(template, server)
+        before = contents(server)
+        count = [step]
+        try:
+            with each_step(fail_at(step)) as count:
+                done = rollback(SPEC, server) if rolls_back else put(server, taken)
+        except MuseError as error:
+            if live(server) == before[SPEC.live_file]:
+                seen.append("undone")
+                assert contents(server) == before, f"step {step}"
+            else:
+                seen.append("unconfirmed")
+                assert "could not be confirmed" in error.what, f"step {step}"
+                # A rollback that is tried again by itself would put the bad file back.
+                assert isinstance(error, PermanentFailure) is rolls_back, f"step {step}"
+            aside = [server / SPEC.fallback_file, *(b.path for b in backups(SPEC, server))]
+            assert not any(p.exists() and p.samefile(server / SPEC.live_file) for p in aside), f"step {step}"
+        else:
+            seen.append("warned" if done.warning else "done")
+            assert live(server) == done.sha256 != before[SPEC.live_file]
+        if count[0] < step:
+            break
+    assert set(seen) == {"undone", "unconfirmed", "warned", "done"}
+    assert seen[-1] == "done"
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_whether_a_failed_rename_took_place_is_read_from_the_file(
+    work: Path, server: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool
+) -> None:
+    put(server, snapshot(work, 1))
+    second, before = snapshot(work, 2), contents(server)
+    real = os.rename
+
+    def fail(source: Path, target: Path) -> Path:
+        if target.name != SPEC.live_file:
+            real(source, target)
+            return target
+        if renamed:
+            real(source, target)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(PassingFailure, match="could not be confirmed" if renamed else "Nothing was replaced"):
+        put(server, second)
+    monkeypatch.undo()
+    assert (contents(server) == before) is not renamed
+    assert put(server, second).already_live is renamed
+    assert_sound(server)
+
+
 def test_readers_see_whole_files_while_publishers_are_killed(work: Path, server: Path) -> None:
     taken = [snapshot(work, 1), snapshot(work, 2)]
     put(server, taken[0])
@@ -715,9 +850,10 @@ def test_of_two_deploys_at_once_one_wins(work: Path, server: Path) -> None:
 
 
 def test_a_held_lock_is_a_conflict_and_can_be_waited_for(work: Path, server: Path) -> None:
-    taken = snapshot(work, 1)
+    put(server, snapshot(work, 1))
+    put(server, snapshot(work, 2))
     with durable_files.locked(server / ".locks" / "vibe.lock"), pytest.raises(Conflict):
-        put(server, taken)
+        put(server, snapshot(work, 3))
     held = threading.Event()
 
     def hold() -> None:
@@ -728,7 +864,7 @@ def test_a_held_lock_is_a_conflict_and_can_be_waited_for(work: Path, server: Pat
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait()
-    assert put(server, taken, lock_wait_seconds=5.0).sha256 == live(server)
+    assert rollback(SPEC, server, lock_wait_seconds=5.0).sha256 == live(server)
     holder.join()
 
 
@@ -822,6 +958,46 @@ def test_a_server_that_does_not_come_up_gets_its_old_files_back(work: Path, serv
     assert runs(server) == 3
 
 
+def test_a_first_reload_that_fails_goes_back_to_the_newest_intact_backup(work: Path, server: Path) -> None:
+    taken = [snapshot(work, seed) for seed in (1, 2, 3)]
+    done = [put(server, one) for one in taken]
+    assert done[2].backup is not None
+    flip_a_byte(done[2].backup)  # of the second, so the first is the newest intact one
+    hook, health = fake_server(server, {taken[0][1].sha256})
+    with pytest.raises(ReloadFailed, match=r"vibe went back to .*came up on them") as failure:
+        reload_now(server, hook, health)
+    assert live(server) == taken[0][1].sha256
+    (back,) = failure.value.returned
+    assert (back.index, back.sha256) == ("vibe", taken[0][1].sha256)
+    assert back.replaced_sha256 == taken[2][1].sha256
+
+
+def test_what_was_loaded_last_is_kept_however_many_deploys_follow(work: Path, server: Path) -> None:
+    taken = [snapshot(work, seed) for seed in range(6)]
+    put(server, taken[0])
+    reload_now(server, "true", None)
+    for one in taken[1:]:
+        put(server, one)
+        age(server, 8)
+    assert [b.sha12 for b in backups(SPEC, server)] == [taken[n][1].sha256[:12] for n in (4, 3, 0)]
+    with pytest.raises(ReloadFailed):
+        reload_now(server, "false", None)
+    assert live(server) == taken[0][1].sha256
+
+
+def test_a_newer_file_put_live_during_the_reload_stays(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    reload_now(server, "true", None)
+    put(server, snapshot(work, 2))
+    newer = snapshot(work, 3)
+    script = server.parent / "newer.sh"
+    script.write_text(f"mv {newer[0]} {server / SPEC.live_file}\nexit 1\n")
+    with pytest.raises(ReloadFailed, match=r"vibe could not go back: .*no longer") as failure:
+        reload_now(server, f"sh {script}", None)
+    assert failure.value.returned == ()
+    assert live(server) == newer[1].sha256
+
+
 def test_a_failing_hook_takes_the_files_back_and_says_that_the_second_try_failed(
     work: Path, server: Path
 ) -> None:
@@ -903,6 +1079,32 @@ def test_hook_and_health_check_may_be_urls(
     assert seen == ["POST /reload", "GET /health"]
 
 
+def test_an_answer_that_is_no_http_is_not_repeated(work: Path, server: Path) -> None:
+    class Echo(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(self.rfile.readline())
+
+    put(server, snapshot(work, 1))
+    with socketserver.TCPServer(("127.0.0.1", 0), Echo) as listener:
+        thread = threading.Thread(target=listener.handle_request)
+        thread.start()
+        address = f"http://127.0.0.1:{listener.server_address[1]}/reload"
+        with pytest.raises(ReloadFailed, match=f"POST {address}: BadStatusLine;") as failure:
+            reload_now(server, f"{address}?token=canary", None)
+        thread.join()
+    assert "canary" not in str(failure.value)
+
+
+def test_a_commands_arguments_are_masked_in_its_output(work: Path, server: Path) -> None:
+    put(server, snapshot(work, 1))
+    script = server.parent / "echo.sh"
+    script.write_text('echo "no  $1 from $2, ${2#*=}, $3, ${3%:*}; 거절됨"; exit 7\n')
+    with pytest.raises(ReloadFailed, match=r"sh ended with 7: no") as failure:
+        reload_now(server, f"sh {script} 'canary  one' --token=canary2 canary3:canary4", None)
+    assert "no *** from ***, ***, ***, ***; 거절됨" in str(failure.value)
+    assert "canary" not in str(failure.value)
+
+
 def test_a_damaged_live_file_is_never_loaded(work: Path, server: Path) -> None:
     damaged_server(work, server)
     hook, _ = fake_server(server, set())
@@ -911,10 +1113,35 @@ def test_a_damaged_live_file_is_never_loaded(work: Path, server: Path) -> None:
     assert not (server.parent / "runs").exists()
 
 
-@pytest.mark.parametrize("setting", ["sh 'unbalanced", " ", "http://"])
-def test_an_unusable_hook_is_refused_before_anything_is_run(server: Path, setting: str) -> None:
-    with pytest.raises(PermanentFailure, match="neither a command nor"):
-        reload_now(server, setting, None)
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("sh 'canary", "balance the quotes"),
+        (" ", "begin with a program"),
+        ("ftp://me:canary@host/", "begin with a program"),
+        ("TOKEN=canary sh restart", "begin with a program"),
+        ("http://", "needs a host"),
+        ("http://me:canary@host/", "no user part"),
+        ("HTTP://canary@host/", "no user part"),
+        ("http://host:canary/", "port from 1 to 65535"),
+        ("http://host:99999/canary", "port from 1 to 65535"),
+        ("http://host/?token=canary two", "percent-encode"),
+        ("http://host/?token=canary두", "percent-encode"),
+        ("http://host/?token=canary\n", "control characters"),
+        ("sh canary\0", "control characters"),
+    ],
+)
+@pytest.mark.parametrize("variable", ["MUSE_RELOAD", "MUSE_RELOAD_HEALTH"])
+def test_an_unusable_hook_is_refused_before_anything_is_run(
+    work: Path, server: Path, setting: str, remedy: str, variable: str
+) -> None:
+    put(server, snapshot(work, 1))
+    hook, _ = fake_server(server, set())
+    settings = (setting, None) if variable == "MUSE_RELOAD" else (hook, setting)
+    with pytest.raises(PermanentFailure, match=f"{variable} is neither a command nor .*{remedy}") as failure:
+        reload_now(server, *settings)
+    assert "canary" not in "".join(traceback.format_exception(failure.value))
+    assert not (server.parent / "runs").exists()
 
 
 def test_an_unreadable_record_is_named(work: Path, server: Path) -> None:

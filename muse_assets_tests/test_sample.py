@@ -18,8 +18,15 @@ from sqlalchemy import Engine, text
 
 from muse_assets.catalog import CATALOG, Catalog, IndexSpec
 from muse_assets.connections.databases import engine_for
-from muse_assets.failures import PermanentFailure
-from muse_assets.sample import DaySummary, sample_written, write_days, write_sample
+from muse_assets.durable_files import locked
+from muse_assets.failures import Conflict, PermanentFailure
+from muse_assets.sample import (
+    DaySummary,
+    sample_written,
+    write_days,
+    write_embedded_sample,
+    write_sample,
+)
 from muse_assets.sample.songs import artists_of, discs_and_tracks, genres_of, spelled, titles
 from muse_assets.sample.vectors import content_of
 
@@ -308,6 +315,59 @@ def test_nothing_is_overwritten_and_nothing_foreign_is_changed(database: NewData
     }
     with empty.connect() as connection:
         assert connection.execute(text("SELECT COUNT(*) FROM sqlite_master")).scalar() == 0
+
+
+class Cut(Exception):
+    """Whatever ends a command in the middle."""
+
+
+def test_an_embedded_sample_is_whole_or_absent(database: NewDatabase, tmp_path: Path) -> None:
+    catalog = tiny("title", "album_name")
+    embeddings, playlists, plain = database("embeddings"), database("playlists"), database("plain")
+    with embeddings.connect():  # as a page that looks at the empty database does
+
+        def cut(name: str, _done: int, _total: int) -> None:
+            if name == "playlists":
+                raise Cut
+
+        with pytest.raises(Cut):
+            write_embedded_sample(embeddings, playlists, catalog, songs=120, on_progress=cut)
+        for engine in (embeddings, playlists):
+            with engine.connect() as connection:
+                assert connection.execute(text("SELECT COUNT(*) FROM sqlite_master")).scalar() == 0
+        assert not (tmp_path / ".sample.part").exists()
+        (tmp_path / ".sample.part").mkdir()  # as a kill leaves it
+        (tmp_path / ".sample.part" / "embeddings.sqlite").write_bytes(b"torn")
+        done = write_embedded_sample(embeddings, playlists, catalog, songs=120)
+    assert done == write_sample(plain, plain, catalog, songs=120)
+    assert sample_written(embeddings, catalog)
+    for spec in catalog.indexes:
+        assert rows_of(embeddings, spec.table) == rows_of(plain, spec.table)
+    assert rows_of(playlists, "tb_song_drp_m") == rows_of(plain, "tb_song_drp_m")
+    assert not (tmp_path / ".sample.part").exists()
+
+
+def test_an_embedded_sample_goes_on_after_a_kill_between_its_two_files(database: NewDatabase) -> None:
+    catalog = tiny("title")
+    embeddings, playlists = database("embeddings"), database("playlists")
+    write_sample(database("other"), playlists, catalog, songs=120)  # the playlists are in place first
+    write_embedded_sample(embeddings, playlists, catalog, songs=120)
+    assert sample_written(embeddings, catalog)
+
+
+def test_an_embedded_sample_replaces_no_rows_and_waits_for_no_other(
+    database: NewDatabase, tmp_path: Path
+) -> None:
+    catalog = tiny("title")
+    embeddings, playlists = database("embeddings"), database("playlists")
+    write_sample(database("other"), playlists, catalog, songs=120)
+    before = rows_of(playlists, "tb_song_drp_m")
+    with pytest.raises(PermanentFailure, match="overwrites nothing"):
+        write_embedded_sample(embeddings, playlists, catalog, songs=90)
+    assert not sample_written(embeddings, catalog)
+    assert rows_of(playlists, "tb_song_drp_m") == before
+    with locked(tmp_path / ".sample.lock"), pytest.raises(Conflict, match=r"\.sample\.lock"):
+        write_embedded_sample(embeddings, playlists, catalog, songs=120)
 
 
 def test_rows_are_exact_and_progress_reaches_the_end(database: NewDatabase) -> None:

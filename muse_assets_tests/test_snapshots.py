@@ -779,3 +779,26 @@ def test_foreign_files_in_the_work_directory_are_left_alone(sqlite_lane: Lane) -
     found: list[Manifest] = [snapshot.manifest for snapshot in snapshots(lane.work, lane.spec)]
     assert [manifest.partition for manifest in found] == ["2026-11-01"]
     assert build(lane, 2).manifest.mode == "unchanged"
+
+
+def test_a_changed_gate_measures_an_unchanged_table_anew(sqlite_lane: Lane) -> None:
+    first = build(sqlite_lane)
+    everywhere = replace(sqlite_lane, spec=replace(sqlite_lane.spec, probe_share=1.0))
+    again = build(everywhere)
+    assert counts(again) == ("incremental", 0, 0, 0)
+    assert again.manifest.gate != first.manifest.gate
+    strict = replace(sqlite_lane, spec=replace(sqlite_lane.spec, recall_gate=1.0))
+    with pytest.raises(GateFailed):
+        build(strict)
+
+
+def test_content_that_returns_keeps_its_newest_day(sqlite_lane: Lane) -> None:
+    """A, B, A again: rebuilding the first day must not make the third look older than the second."""
+    lane = sqlite_lane
+    a = build(lane, 1)
+    put_rows(lane.engine, lane.spec, {ROWS + 1: npy(unit_vectors(1)[0])})
+    build(lane, 2)
+    delete_rows(lane.engine, lane.spec, [ROWS + 1])
+    third = build(lane, 3)
+    assert third.manifest.sha256 == a.manifest.sha256
+    assert build(lane, 1, full=True).manifest.partition == third.manifest.partition

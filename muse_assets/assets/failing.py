@@ -12,7 +12,8 @@ from dagster import DagsterExecutionInterruptedError
 
 from muse_assets.failures import MuseError, PassingFailure
 
-# The only level of retries: a lost connection or a busy lock, never bad data.
+# The only retries of a step: a database or Redis that was away, a busy lock; never bad data. Below them a
+# build takes a page again for about 3 s (`snapshots.sync`), and redis-py reconnects three times.
 RETRY_PASSING = dg.RetryPolicy(max_retries=2, delay=15, backoff=dg.Backoff.EXPONENTIAL)
 
 
@@ -41,3 +42,10 @@ def red_run(subject: str, still_live: Callable[[], str]) -> Iterator[None]:
             metadata={"next_step": error.next_step, "still_live": live},
             allow_retries=isinstance(error, PassingFailure) and tries < RETRY_PASSING.max_retries,
         ) from None
+    except Exception as error:
+        # A defect of ours, not a fault that passes: Dagster's policy alone would run the step again.
+        raise dg.Failure(
+            description=f"{subject}: unexpected {type(error).__name__}: {error}\nLive: {still_live()}\n"
+            "Next: report this with the run's stack trace; the next run starts from what is there.",
+            allow_retries=False,
+        ) from error

@@ -58,6 +58,8 @@ class DeployConfig(dg.Config):  # type: ignore[misc, unused-ignore]
     """With rollback: start of the sha256 of the backup to put back."""
     confirm_size: bool = False
     """Accept a file more than 1.5 times as large as the live one."""
+    confirm_shrink: bool = False
+    """Accept that far more rows vanished since the live file than the catalog allows."""
     replace_damaged: bool = False
     """Replace a live file whose bytes are not what was published; they are kept aside."""
 
@@ -129,7 +131,7 @@ def _cluster(spec: IndexSpec) -> dg.AssetsDefinition:
         server_directory: ServerDirectory,
         progress: dg.ResourceParam[ProgressLog],
     ) -> dg.MaterializeResult:
-        with red_run(f"{spec.name} · cluster", partial(_live_now, spec, server_directory)):
+        with red_run(f"{spec.name} · cluster", partial(live_now, spec, server_directory)):
             manifest = train_cluster(
                 embedding_database.engine,
                 spec,
@@ -173,7 +175,7 @@ def _index(spec: IndexSpec) -> dg.AssetsDefinition:
         progress: dg.ResourceParam[ProgressLog],
     ) -> Iterator[Any]:
         day = context.partition_key
-        with red_run(f"{spec.name} · index {day}", partial(_live_now, spec, server_directory)):
+        with red_run(f"{spec.name} · index {day}", partial(live_now, spec, server_directory)):
             try:
                 built = build_snapshot(
                     embedding_database.engine,
@@ -229,7 +231,7 @@ def _deployed(spec: IndexSpec) -> dg.AssetsDefinition:
         work_directory: WorkDirectory,
         server_directory: ServerDirectory,
     ) -> dg.MaterializeResult:
-        with red_run(f"{spec.name} · deploy", partial(_live_now, spec, server_directory)):
+        with red_run(f"{spec.name} · deploy", partial(live_now, spec, server_directory)):
             work, server = work_directory.ready(), server_directory.ready()
             deployment = (
                 rollback(spec, server, to=config.rollback_to or None)
@@ -266,6 +268,7 @@ def _deploy_snapshot(spec: IndexSpec, work: Path, server: Path, config: DeployCo
         snapshot.manifest,
         server,
         confirm_size=config.confirm_size,
+        confirm_shrink=config.confirm_shrink,
         replace_damaged=config.replace_damaged,
     )
 
@@ -282,7 +285,7 @@ def _chosen_snapshot(spec: IndexSpec, work: Path, partition: str) -> Snapshot:
     )
 
 
-def _live_now(spec: IndexSpec, server_directory: ServerDirectory) -> str:
+def live_now(spec: IndexSpec, server_directory: ServerDirectory) -> str:
     """What the server finds at its next start, after this step failed."""
     try:
         live = live_file(Path(server_directory.path), spec)

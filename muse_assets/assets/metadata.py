@@ -119,6 +119,7 @@ def deployment_metadata(
         "backups": backups,
         "seconds": round(deployment.seconds, 3),
         "live_file": dg.MetadataValue.path(live),
+        **({"warning": deployment.warning} if deployment.warning else {}),
     }
 
 

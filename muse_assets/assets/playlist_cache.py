@@ -8,7 +8,6 @@ import dagster as dg
 from muse_assets.assets.failing import RETRY_PASSING, red_run
 from muse_assets.assets.index_lane import CODE_VERSION, OWNERS, deployed_key
 from muse_assets.catalog import Catalog
-from muse_assets.connections.redis_server import check_eviction
 from muse_assets.partitions import program_partitions
 from muse_assets.playlists.refreshing import refresh_program
 from muse_assets.playlists.songs import Layout, unknown_programs
@@ -71,7 +70,6 @@ def build_playlist_assets(catalog: Catalog, layout: Layout) -> tuple[dg.AssetSpe
             f"the keys of {program.id} ({program.title}) in Redis, which change together or not at all"
         )
         with red_run(f"playlist_cache · {program.id}", lambda: still_live), redis.client() as client:
-            check_eviction(client)
             unknown = unknown_programs(playlist_database.engine, catalog) if layout == "song_pool" else []
             refreshed = refresh_program(
                 embedding_database.engine,

@@ -6,9 +6,9 @@ Here: the asset. Not here: hook, health check and putting files back (`publishin
 import dagster as dg
 
 from muse_assets.assets.failing import red_run
-from muse_assets.assets.index_lane import CODE_VERSION, OWNERS, deployed_key
+from muse_assets.assets.index_lane import CODE_VERSION, OWNERS, deployed_key, live_now
 from muse_assets.catalog import Catalog
-from muse_assets.publishing.reloading import reload_server
+from muse_assets.publishing.reloading import ReloadFailed, reload_server
 from muse_assets.resources import ServerDirectory
 
 SERVER_RELOAD = dg.AssetKey("server_reload")
@@ -28,15 +28,35 @@ def build_server_reload(catalog: Catalog) -> dg.AssetsDefinition:
         description="The server reads its files only at start: `MUSE_RELOAD` runs once after the day's last "
         "deploy. If it or `MUSE_RELOAD_HEALTH` fails, the files it covered go back and the run is red.",
     )
-    def server_reload(server_directory: ServerDirectory) -> dg.MaterializeResult:
-        still_live = "what each live file holds is said above; files that failed to load went back"
-        with red_run("server_reload", lambda: still_live):
-            done = reload_server(
-                server_directory.ready(),
-                catalog.indexes,
-                hook=server_directory.reload,
-                health=server_directory.reload_health,
-            )
+    def server_reload(
+        context: dg.AssetExecutionContext, server_directory: ServerDirectory
+    ) -> dg.MaterializeResult:
+        def live() -> str:
+            return "; ".join(live_now(spec, server_directory) for spec in catalog.indexes)
+
+        with red_run("server_reload", live):
+            try:
+                done = reload_server(
+                    server_directory.ready(),
+                    catalog.indexes,
+                    hook=server_directory.reload,
+                    health=server_directory.reload_health,
+                )
+            except ReloadFailed as failed:
+                # Else the UI and the sensor would take the withdrawn files for live.
+                for back in failed.returned:
+                    context.log_event(
+                        dg.AssetMaterialization(
+                            deployed_key(catalog.index(back.index)),
+                            metadata={
+                                "sha256": back.sha256,
+                                "partition": back.partition,
+                                "rollback": True,
+                                "size_mb": round(back.size / 1e6, 3),
+                            },
+                        )
+                    )
+                raise
         return dg.MaterializeResult(
             metadata={
                 "message": done.message,

@@ -211,10 +211,10 @@ def _first_row(settings: Settings, spec: IndexSpec, song: str) -> int:
 
 
 def _program_ids(settings: Settings, catalog: Catalog, program_id: str, spec: IndexSpec) -> NDArray[np.int64]:
-    from muse_assets.definitions import build_resources
+    from muse_assets.connections.redis_server import opened
     from muse_assets.playlists.cache import read_ids
 
-    with build_resources(settings)["redis"].client() as client:
+    with opened(settings.redis_address(), settings.valkey_directory()) as client:
         return read_ids(client, catalog.program(program_id), spec.name)
 
 

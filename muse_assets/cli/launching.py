@@ -12,11 +12,12 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import dagster as dg
 from dagster import DagsterRunStatus
 
@@ -88,6 +89,7 @@ def launch(
         tags={"muse/from": "command line", _PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
     )
     try:
+        _show_retries(instance, run_id, future)
         result = future.result()
     except KeyboardInterrupt:
         run = instance.get_run_by_id(run_id)
@@ -108,6 +110,19 @@ def launch(
             if event.asset_key
         },
     )
+
+
+def _show_retries(instance: dg.DagsterInstance, run_id: str, run: Future[Any]) -> None:
+    """Until the run ends, say on stderr what a step that waits to be tried again is waiting for."""
+    shown = 0
+    while wait([run], timeout=1).not_done:
+        retries = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_UP_FOR_RETRY)
+        for entry in retries[shown:]:
+            data = entry.get_dagster_event().step_retry_data
+            # "<class>: <subject>: <what>", and what is live and what to do on lines of their own.
+            _, _, said = str((data.error.cause or data.error).message).splitlines()[0].partition(": ")
+            click.echo(f"{said} Trying again in {data.seconds_to_wait or 0:.0f} s.", err=True)
+        shown = len(retries)
 
 
 def _process_is_gone(tag: str) -> bool:

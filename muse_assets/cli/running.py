@@ -75,6 +75,7 @@ def sample(songs: int, days: int, url: str | None, seed: int) -> None:
     from muse_assets.cli.configuring import read_settings
     from muse_assets.connections.databases import engine_for
     from muse_assets.sample.day_one import write_sample
+    from muse_assets.sample.embedded import write_embedded_sample
     from muse_assets.sample.further_days import write_days
 
     settings, console = read_settings(), summary.terminal()
@@ -86,7 +87,8 @@ def sample(songs: int, days: int, url: str | None, seed: int) -> None:
             written = write_days(embeddings, playlists, catalog, days=days, on_progress=report)
             summary.show_sample_days(console, written)
         else:
-            done = write_sample(embeddings, playlists, catalog, songs=songs, seed=seed, on_progress=report)
+            write = write_embedded_sample if settings.embedded_databases and not url else write_sample
+            done = write(embeddings, playlists, catalog, songs=songs, seed=seed, on_progress=report)
             summary.show_sample(console, done)
 
 
@@ -94,10 +96,11 @@ def sample(songs: int, days: int, url: str | None, seed: int) -> None:
 @click.argument("index")
 @click.option("--partition", default="", help="Day (YYYY-MM-DD) of the snapshot; default: the newest.")
 @click.option("--confirm-size", is_flag=True, help="Accept a file over 1.5 times the live one's size.")
+@click.option("--confirm-shrink", is_flag=True, help="Accept that a large share of the live rows vanished.")
 @click.option("--replace-damaged", is_flag=True, help="Replace a live file that is not what was published.")
-def deploy(index: str, partition: str, confirm_size: bool, replace_damaged: bool) -> None:
+def deploy(index: str, **options: Any) -> None:
     """Put an index's newest validated snapshot live."""
-    _deploy(index, partition=partition, confirm_size=confirm_size, replace_damaged=replace_damaged)
+    _deploy(index, **options)
 
 
 @click.command()
@@ -198,11 +201,13 @@ def _write_sample_once(settings: Settings, catalog: Catalog, console: Console, r
     from muse_assets.cli import summary
     from muse_assets.connections.databases import engine_for
     from muse_assets.sample.day_one import sample_written, write_sample
+    from muse_assets.sample.embedded import write_embedded_sample
 
     embeddings = engine_for(settings.embedding_url())
     if not sample_written(embeddings, catalog):
         playlists = engine_for(settings.playlist_url())
-        summary.show_sample(console, write_sample(embeddings, playlists, catalog, on_progress=report))
+        write = write_embedded_sample if settings.embedded_databases else write_sample
+        summary.show_sample(console, write(embeddings, playlists, catalog, on_progress=report))
 
 
 @contextlib.contextmanager
@@ -212,7 +217,7 @@ def _embedded_redis(settings: Settings) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if settings.redis_url is None:
-            stack.enter_context(embedded_valkey(settings.root / "valkey"))
+            stack.enter_context(embedded_valkey(settings.valkey_directory()))
         yield
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from muse_assets.connections.embedded_valkey import embedded_valkey
 from muse_assets.failures import PassingFailure, PermanentFailure
 
 _CONNECT_SECONDS = 5
@@ -53,6 +55,17 @@ def connect(url: str) -> redis.Redis:
             f"The Redis URL cannot be used ({type(error).__name__}).",
             next_step="give a URL such as redis://user:password@host:6379/0 in MUSE_REDIS_URL.",
         ) from None
+
+
+@contextlib.contextmanager
+def opened(url: str, embedded_directory: Path) -> Iterator[redis.Redis]:
+    """A client of the server at `url`, or with an empty `url` of the embedded Valkey in that directory.
+
+    The embedded server runs at least as long as the client is used.
+    """
+    with contextlib.ExitStack() as stack:
+        url = url or stack.enter_context(embedded_valkey(embedded_directory))
+        yield stack.enter_context(contextlib.closing(connect(url)))
 
 
 def describe_url(url: str) -> str:

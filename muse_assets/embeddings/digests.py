@@ -5,7 +5,8 @@ Here: the digest, its query and its twin in numpy. Not here: what to do when two
 
 A bucket is BUCKET_ROWS consecutive idx. Its digest is the row count, SUM(idx) and two content sums of
 CRC32 x idx, over the whole payload and over its first half. BIT_XOR(CRC32) misses every swap of two
-vectors (0 of 100 found, the products 100 of 100); the second sum answers a chance collision of the first.
+vectors (0 of 100 found, the products 100 of 100). A re-embedding changes both halves, so it is missed with
+a chance of 2^-62; a change confined to one half, which no model makes, with 2^-31.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from muse_assets.embeddings.reading import Bounds, pages, quoted
 # The query's cost is the scan (2 s for 200k cold rows at 16 to 8192 a bucket alike), so buckets are small:
 # one changed row makes 32 be pulled.
 BUCKET_ROWS = 32
-# Products are reduced modulo a prime below 2^31, so that a bucket's sum fits SQLite's 64-bit integers.
-_MODULUS = 2_147_483_629
+# Products are reduced modulo a prime, so that a bucket's sum fits SQLite's 64-bit integers; it is above
+# 2^31 and weights are 1 to 2^31, so that no row weighs 0.
+_MODULUS = 2_147_483_659
 _IDX_MASK = 0x7FFFFFFF
 # A million cold rows of 2 KB took 10 s; the read time-out is 120 s.
 _STEP_BUCKETS = 32_768
@@ -85,7 +87,7 @@ def digest_rows(idx: NDArray[np.int64], payloads: Sequence[bytes | str | None]) 
         if payload is not None:
             raw = payload.encode("utf-8") if isinstance(payload, str) else payload
             crcs[row] = zlib.crc32(raw), zlib.crc32(memoryview(raw)[: len(raw) // 2])
-    weight = (idx & _IDX_MASK).astype(np.uint64)
+    weight = ((idx & _IDX_MASK) + 1).astype(np.uint64)
     products = ((crcs * weight[:, None]) % np.uint64(_MODULUS)).astype(np.int64)
     by_row = np.stack([np.ones_like(idx), idx, products[:, 0], products[:, 1]], axis=1)
     order = np.argsort(idx, kind="stable")
@@ -135,8 +137,8 @@ def _aggregate(connection: Connection, spec: IndexSpec, bound: Bounds) -> NDArra
     )
     query = (
         f"SELECT {bucket} AS bucket, COUNT(*), SUM(idx), "
-        f"SUM((COALESCE(CRC32({column}), {_CRC_OF_NULL}) * (idx & {_IDX_MASK})) % {_MODULUS}), "
-        f"SUM((COALESCE(CRC32({half}), 0) * (idx & {_IDX_MASK})) % {_MODULUS}) "
+        f"SUM((COALESCE(CRC32({column}), {_CRC_OF_NULL}) * ((idx & {_IDX_MASK}) + 1)) % {_MODULUS}), "
+        f"SUM((COALESCE(CRC32({half}), 0) * ((idx & {_IDX_MASK}) + 1)) % {_MODULUS}) "
         f"FROM {table} WHERE idx >= :low AND idx <= :high GROUP BY {bucket}"
     )
     rows = connection.execute(text(query), {"low": bound.low, "high": bound.high}).all()

@@ -77,7 +77,7 @@ def table_columns(connection: Connection, spec: IndexSpec) -> dict[str, str]:
     if not inspector.has_table(spec.table):
         raise PermanentFailure(
             f"{spec.name}: table {spec.table} does not exist in {connection.engine.url.database}.",
-            next_step="create it (`muse sample` writes a sample) or correct `table` in the catalog.",
+            next_step="restore it, or correct `table` in the catalog.",
         )
     columns = {column["name"]: str(column["type"]) for column in inspector.get_columns(spec.table)}
     missing = [name for name in ("idx", spec.embedding_column, *spec.song_key) if name not in columns]

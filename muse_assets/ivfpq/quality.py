@@ -89,7 +89,9 @@ def measure_probes(
 
 
 def choose_nprobe(curve: ProbeCurve, recall_gate: float, probe_share: float) -> int:
-    """The smallest nprobe that meets the recall gate and finds `probe_share` of what all lists would.
+    """The smallest measured nprobe (a power of two, or nlist) that meets both limits.
+
+    They are recall@10, and the share of exhaustive probing's answers that is found.
 
     Plain search uses the nprobe stored in the file; the largest step where nothing meets the gate.
     """

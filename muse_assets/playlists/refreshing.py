@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 
 from muse_assets.catalog import Catalog, Program
 from muse_assets.connections.databases import describe_url
+from muse_assets.connections.redis_server import check_eviction
 from muse_assets.failures import PermanentFailure
 from muse_assets.playlists.cache import Refresh, refresh
 from muse_assets.playlists.ids import index_ids
@@ -37,6 +38,8 @@ def refresh_program(
     steps raise. `seconds` of the result covers all of it.
     """
     started = time.monotonic()
+    # Before seven tables are read for a server that is not there.
+    check_eviction(client)
     songs = program_songs(playlist_engine, program, layout)
     if not songs:
         raise PermanentFailure(

@@ -14,6 +14,7 @@ from muse_assets.catalog import IndexSpec
 from muse_assets.durable_files import file_sha256, fsync_directory, link
 from muse_assets.manifest import Manifest, read_manifest
 from muse_assets.publishing.layout import backup_folder, manifest_folder
+from muse_assets.publishing.loaded import loaded_contents
 
 _TIME = "%Y%m%dT%H%M%S.%fZ"
 _NAME = re.compile(r"^(?P<time>\d{8}T\d{6}\.\d{6}Z)_(?P<damaged>damaged_)?(?P<sha12>[0-9a-f]{12})(\.index)?$")
@@ -46,11 +47,16 @@ class Backup:
 
 def backups(spec: IndexSpec, server: Path) -> list[Backup]:
     """The index's backups, newest first, by name only: nothing is hashed."""
-    return [
-        Backup(path, replaced_at, sha12, path.stat().st_size, _manifest(server, spec.name, sha12))
-        for path, replaced_at, sha12, damaged in _entries(spec, server)
-        if not damaged
-    ]
+    found = []
+    for path, replaced_at, sha12, damaged in _entries(spec, server):
+        if damaged:
+            continue
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:  # pruned by a deploy since it was listed
+            continue
+        found.append(Backup(path, replaced_at, sha12, size, _manifest(server, spec.name, sha12)))
+    return found
 
 
 def keep(spec: IndexSpec, server: Path, path: Path, sha256: str, *, damaged: bool) -> Path:
@@ -61,7 +67,11 @@ def keep(spec: IndexSpec, server: Path, path: Path, sha256: str, *, damaged: boo
         now = entries[0][1] + timedelta(microseconds=1)
     name = f"{now:{_TIME}}_damaged_{sha256[:12]}" if damaged else f"{now:{_TIME}}_{sha256[:12]}.index"
     target = backup_folder(server, spec.name) / name
-    link(path, target)
+    try:
+        link(path, target)
+    except BaseException:
+        target.unlink(missing_ok=True)  # linked but not durable: a further name of a file that stays live
+        raise
     return target
 
 
@@ -71,7 +81,12 @@ def is_intact(backup: Backup) -> bool:
 
 
 def prune(spec: IndexSpec, server: Path, live_sha256: str, retention: Retention) -> None:
-    """Remove backups beyond `retention`, repeated contents, and manifests that no file here needs."""
+    """Remove backups beyond `retention`, repeated contents, and manifests that no file here needs.
+
+    What the server loaded last stays whatever its age: a failed reload goes back to it. Raises
+    PermanentFailure if the record of that is unreadable, and OSError.
+    """
+    loaded = loaded_contents(server).get(spec.name, "")
     oldest = datetime.now(UTC) - timedelta(days=retention.days)
     kept: set[str] = set()
     spare = retention.backups
@@ -82,10 +97,10 @@ def prune(spec: IndexSpec, server: Path, live_sha256: str, retention: Retention)
             stays = False
         else:
             is_spare = spare > 0 and not live_sha256.startswith(sha12)
-            stays = is_spare or replaced_at >= oldest
+            stays = is_spare or replaced_at >= oldest or loaded.startswith(sha12)
             spare -= is_spare
         if not stays:
-            path.unlink()
+            path.unlink(missing_ok=True)
         elif not damaged:
             kept.add(sha12)
     # A manifest may go only after its file has: a backup without one could not be rolled back to.
@@ -93,17 +108,18 @@ def prune(spec: IndexSpec, server: Path, live_sha256: str, retention: Retention)
     needed = kept | {live_sha256[:12]} | _fallback_content(spec, server)
     for facts in manifest_folder(server, spec.name).glob("*.json"):
         if facts.stem[:12] not in needed:
-            facts.unlink()
+            facts.unlink(missing_ok=True)
 
 
 def _fallback_content(spec: IndexSpec, server: Path) -> set[str]:
     fallback = server / spec.fallback_file
-    if not fallback.exists():
+    try:
+        # Nearly always a link to a backup, which spares reading gigabytes.
+        if any(path.samefile(fallback) for path, *_ in _entries(spec, server)):
+            return set()
+        return {file_sha256(fallback)[:12]}
+    except FileNotFoundError:
         return set()
-    # Nearly always a link to a backup, which spares reading gigabytes.
-    if any(path.samefile(fallback) for path, *_ in _entries(spec, server)):
-        return set()
-    return {file_sha256(fallback)[:12]}
 
 
 def _entries(spec: IndexSpec, server: Path) -> list[tuple[Path, datetime, str, bool]]:

@@ -14,13 +14,19 @@ MAX_GROWTH = 1.5
 
 
 def violations(
-    spec: IndexSpec, candidate: Manifest, live: LiveFile | None, *, confirm_size: bool
+    spec: IndexSpec,
+    candidate: Manifest,
+    live: LiveFile | None,
+    *,
+    confirm_size: bool = False,
+    confirm_shrink: bool = False,
 ) -> list[str]:
     """Why the server could not serve `candidate` in place of `live`; empty if it can.
 
     Against the catalog: index, dimension, metric, id offset, an IVF class. Against an undamaged live
-    file: the same index class, dimension, metric and id offset, and at most 1.5 times its size unless
-    `confirm_size`.
+    file: the same index class, dimension, metric and id offset, at most 1.5 times its size unless
+    `confirm_size`, and not fewer rows than the index's `max_shrink_share` allows unless `confirm_shrink`.
+    An adopted file's rows are what its `ntotal` says, which is never fewer than it holds.
     """
     found = []
     if candidate.index != spec.name:
@@ -40,6 +46,12 @@ def violations(
     if candidate.size > MAX_GROWTH * live.size and not confirm_size:
         found.append(
             f"its {candidate.size:,} bytes are more than {MAX_GROWTH} times the live file's {live.size:,};"
-            " a deploy that confirms the size takes it"
+            " a deploy with confirm_size: true takes it"
+        )
+    # The build compares with its parent snapshot, which need not be what the server has.
+    if candidate.rows < live.manifest.rows * (1 - spec.max_shrink_share) and not confirm_shrink:
+        found.append(
+            f"its {candidate.rows:,} rows are over {spec.max_shrink_share:.0%} fewer than the live file's"
+            f" {live.manifest.rows:,}; a deploy with confirm_shrink: true takes it"
         )
     return found

@@ -6,18 +6,18 @@ server (`reloading.py`).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from muse_assets.catalog import IndexSpec
-from muse_assets.durable_files import Staged, commit, copy_into, discard, file_sha256, link, stage
-from muse_assets.failures import Conflict, PassingFailure, PermanentFailure
+from muse_assets.durable_files import Staged, commit, copy_into, discard, file_sha256, hold, link, stage
+from muse_assets.failures import Conflict, MuseError, PassingFailure, PermanentFailure
 from muse_assets.manifest import Manifest, identify, manifest_path, read_manifest, write_manifest
 from muse_assets.publishing.backups import (
     DEFAULT_RETENTION,
     Backup,
-    Retention,
     backups,
     is_intact,
     keep,
@@ -34,7 +34,8 @@ class Deployment:
 
     partition: day (Seoul, ISO) the content stands for. replaced_sha256: None if there was no live file.
     backup: where the replaced file is kept; None if there was none or it was damaged. already_live: the
-    wanted content was live before, so no file was replaced. size in bytes.
+    wanted content was live before, so no file was replaced. size in bytes. warning: what failed after the
+    publication, which holds all the same; None if nothing did.
     """
 
     index: str
@@ -45,6 +46,11 @@ class Deployment:
     already_live: bool
     seconds: float
     size: int
+    warning: str | None = None
+
+
+class Unconfirmed(PassingFailure):
+    """The file was renamed into place, but its disk did not confirm it: whether it is live is unknown."""
 
 
 def deploy(
@@ -54,16 +60,16 @@ def deploy(
     server: Path,
     *,
     confirm_size: bool = False,
+    confirm_shrink: bool = False,
     replace_damaged: bool = False,
-    retention: Retention = DEFAULT_RETENTION,
-    lock_wait_seconds: float = 0.0,
 ) -> Deployment:
     """Make `snapshot` the index's live file in the directory `server`, keeping the replaced one.
 
-    confirm_size lets the file be more than 1.5 times the live one's size; replace_damaged lets a live
-    file of unknown content be replaced. Raises PermanentFailure for a refusal, Conflict when another
-    process holds the lock or changed the live file meanwhile, PassingFailure for a failing disk. Unless
-    the failure says that the file was renamed or published, the live file is the one it was.
+    confirm_size lets the file be more than 1.5 times the live one's size; confirm_shrink lets it have
+    fewer rows than the catalog allows; replace_damaged lets a live file of unknown content be replaced.
+    Raises PermanentFailure for a refusal, Conflict when another process holds the lock or changed the live
+    file or the snapshot meanwhile, PassingFailure for a failing disk. Unless it is Unconfirmed, the live
+    file is the one it was.
     """
     started = time.monotonic()
     if snapshot.parent.resolve() == server.resolve():
@@ -71,18 +77,19 @@ def deploy(
             f"Index {spec.name}: the snapshot {snapshot} lies in the server directory itself.",
             next_step="set MUSE_WORK_DIR and MUSE_SERVER_DIR to different directories.",
         )
-    with working_on(spec, server, wait_seconds=lock_wait_seconds):
+    with working_on(spec, server):
         live = live_file(server, spec)
         if live is not None and live.sha256 == manifest.sha256:
             return _stay(spec, manifest, server, live, started)
-        _check_candidate(spec, snapshot, manifest, live, confirm_size=confirm_size)
+        found = violations(spec, manifest, live, confirm_size=confirm_size, confirm_shrink=confirm_shrink)
+        _check_candidate(spec, snapshot, manifest, live, found)
         if live is not None and live.damaged and not replace_damaged:
             raise PermanentFailure(
                 f"Index {spec.name}: the live file {live.path} is damaged or was edited: no manifest in"
                 f" {server} has its content {live.sha256[:12]}.",
                 next_step="roll back, or deploy again with replace_damaged; its bytes are kept aside.",
             )
-        return _publish(spec, snapshot, manifest, server, live, retention=retention, started=started)
+        return _publish(spec, snapshot, manifest, server, live, started=started)
 
 
 def rollback(
@@ -90,35 +97,40 @@ def rollback(
     server: Path,
     *,
     to: str | None = None,
-    retention: Retention = DEFAULT_RETENTION,
+    replacing: str | None = None,
     lock_wait_seconds: float = 0.0,
 ) -> Deployment:
     """Make the newest backup that is not live the live file, or the one whose sha256 starts with `to`.
 
-    The replaced file becomes a backup too, unless it is damaged, so rolling back again rolls forward.
-    Raises as `deploy` does; PermanentFailure if there is no such backup or its bytes are damaged.
+    The replaced file becomes a backup too, unless it is damaged, so rolling back again rolls forward; so
+    once the file may have been replaced, every failure is permanent: a retry would undo it. replacing:
+    the live sha256 to be replaced; Conflict if another is live. Raises as `deploy` does otherwise, and
+    PermanentFailure if there is no such backup or its bytes are damaged.
     """
     started = time.monotonic()
     with working_on(spec, server, wait_seconds=lock_wait_seconds):
         live = live_file(server, spec)
+        if replacing is not None and (live is None or live.sha256 != replacing):
+            raise Conflict(
+                f"Index {spec.name}: {server / spec.live_file} is no longer {replacing[:12]}, which was to be"
+                " replaced.",
+                next_step="nothing was changed; look at what is live, and roll back by hand if it is wrong.",
+            )
         if to and live is not None and live.manifest is not None and live.sha256.startswith(to):
             return _stay(spec, live.manifest, server, live, started)
         backup, manifest = _chosen(spec, server, live, to)
         # The file being rolled back from may be one the server cannot load: it is no fallback.
-        return _publish(
-            spec,
-            backup.path,
-            manifest,
-            server,
-            live,
-            fallback=backup.path,
-            retention=retention,
-            started=started,
-        )
+        try:
+            return _publish(spec, backup.path, manifest, server, live, fallback=backup.path, started=started)
+        except Unconfirmed as error:
+            raise PermanentFailure(
+                error.what,
+                next_step="check that disk, and look at what is live before launching the rollback again.",
+            ) from error
 
 
 def _check_candidate(
-    spec: IndexSpec, snapshot: Path, manifest: Manifest, live: LiveFile | None, *, confirm_size: bool
+    spec: IndexSpec, snapshot: Path, manifest: Manifest, live: LiveFile | None, violated: list[str]
 ) -> None:
     if not snapshot.is_file():
         raise PermanentFailure(
@@ -131,9 +143,9 @@ def _check_candidate(
             f" {live.manifest.partition}.",
             next_step="to go back in time, roll back; otherwise deploy a newer partition.",
         )
-    if found := violations(spec, manifest, live, confirm_size=confirm_size):
+    if violated:
         raise PermanentFailure(
-            f"Index {spec.name}: the search server could not serve {snapshot}: {'; '.join(found)}.",
+            f"Index {spec.name}: the search server should not get {snapshot}: {'; '.join(violated)}.",
             next_step="correct the catalog and build again; if the server itself was changed to take such"
             " a file, move the live file away first.",
         )
@@ -170,32 +182,30 @@ def _publish(
     live: LiveFile | None,
     *,
     fallback: Path | None = None,
-    retention: Retention,
     started: float,
 ) -> Deployment:
     """Stage, check, back up, compare, swap, prune; undo what was made when the swap does not happen.
 
     fallback: the file to be linked as the server's second chance; None means the replaced one.
     """
-    target = server / spec.live_file
+    target, second_chance = server / spec.live_file, server / spec.fallback_file
     replaced = None if live is None else live.manifest
-    # The adopted file's facts come first: once there is any manifest, a live file without one is damaged.
-    facts = [replaced, manifest] if replaced else [manifest]
     make_folders(server, spec.name)
-    made = [
-        manifest_path(server, spec.name, m.sha256)
-        for m in facts
-        if read_manifest(server, spec.name, m.sha256) is None
-    ]
     kept = None
-    staged = stage(target, copy_into(source), expected_size=manifest.size)
-    try:
+    with contextlib.ExitStack() as undo:
+        staged = stage(target, copy_into(source), expected_size=manifest.size)
+        undo.callback(discard, staged)
         _check_content(spec, source, staged, manifest)
-        for m in facts:
-            _record(server, m)
+        # The adopted file's facts come first: once there is any manifest, a live file without one is
+        # damaged.
+        for facts in (replaced, manifest):
+            if facts is not None:
+                if read_manifest(server, spec.name, facts.sha256) is None:
+                    undo.callback(manifest_path(server, spec.name, facts.sha256).unlink, missing_ok=True)
+                _record(server, facts)
         if live is not None:
             kept = keep(spec, server, live.path, live.sha256, damaged=live.damaged)
-            made.append(kept)
+            undo.callback(kept.unlink, missing_ok=True)
             fallback = fallback or (None if live.damaged else kept)
         # The lock does not stop an operator's own cp or mv. Compared last, for until the rename the
         # backup shares the live file's inode.
@@ -205,18 +215,26 @@ def _publish(
                 next_step="find out who writes there, then launch the run again; nothing was replaced.",
             )
         # Before the rename, so that the server finds a good file under both names at every instant.
+        before = hold(second_chance)
+        undo.callback(_put_back, before, second_chance)
         if fallback is not None:
-            link(fallback, server / spec.fallback_file)
+            link(fallback, second_chance)
         else:
             _ensure_fallback(spec, server, staged.path)
-        commit(staged)
-    except BaseException:
-        if staged.path.exists():  # not renamed
-            discard(staged)
-            for path in reversed(made):
-                path.unlink(missing_ok=True)
-        raise
-    _prune_after(spec, server, staged.sha256, retention)
+        try:
+            commit(staged)
+            undo.pop_all()
+        except BaseException as error:
+            # An error of the rename, or one after it? Only the content tells; undo nothing in doubt.
+            if not _may_be_live(target, staged.sha256):
+                raise
+            undo.pop_all()
+            if not isinstance(error, MuseError):
+                raise
+            raise Unconfirmed(
+                f"Index {spec.name}: {target} was renamed into place but could not be confirmed on disk.",
+                next_step="check that disk and launch the run again; it reads the file back and decides.",
+            ) from error
     return Deployment(
         index=spec.name,
         sha256=staged.sha256,
@@ -226,6 +244,7 @@ def _publish(
         already_live=False,
         seconds=time.monotonic() - started,
         size=staged.size,
+        warning=_clean_up(spec, server, staged.sha256, before),
     )
 
 
@@ -238,25 +257,50 @@ def _record(server: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _prune_after(spec: IndexSpec, server: Path, sha256: str, retention: Retention) -> None:
+def _clean_up(spec: IndexSpec, server: Path, sha256: str, before: Path | None) -> str | None:
+    """Drop what is no longer needed; what failed, in words, for the publication holds all the same."""
     try:
-        prune(spec, server, sha256, retention)
-    except OSError as error:
-        raise PassingFailure(
-            f"Index {spec.name}: {server / spec.live_file} is published, but old backups could not be"
-            f" pruned: {error}.",
-            next_step="check that disk; the next deploy prunes again.",
-        ) from error
+        if before is not None:
+            before.unlink(missing_ok=True)
+        prune(spec, server, sha256, DEFAULT_RETENTION)
+    except (OSError, MuseError) as error:
+        return (
+            f"{server / spec.live_file} is published, but old backups could not be pruned (the next deploy"
+            f" tries again): {error}"
+        )
+    return None
+
+
+def _put_back(before: Path | None, fallback: Path) -> None:
+    """Undo a new fallback, which may be a link to the very file that stays live."""
+    if before is None:
+        fallback.unlink(missing_ok=True)
+    else:
+        before.replace(fallback)
+        before.unlink(missing_ok=True)  # renaming onto the same inode leaves both names
+
+
+def _may_be_live(target: Path, sha256: str) -> bool:
+    try:
+        return _content(target) == sha256
+    except OSError:
+        return True
 
 
 def _check_content(spec: IndexSpec, source: Path, staged: Staged, manifest: Manifest) -> None:
-    if staged.sha256 != manifest.sha256:
-        raise PermanentFailure(
-            f"Index {spec.name}: {source} is damaged: its content is {staged.sha256[:12]}, its manifest says"
-            f" {manifest.sha256[:12]}.",
-            next_step=f"materialize {spec.name}/index for {manifest.partition} again, or roll back to another"
-            " backup.",
+    if staged.sha256 == manifest.sha256:
+        return
+    if identify(source.parent, spec.name, source) is not None:
+        raise Conflict(
+            f"Index {spec.name}: {source} was built anew while it was copied.",
+            next_step="launch the run again; nothing was replaced.",
         )
+    raise PermanentFailure(
+        f"Index {spec.name}: {source} is damaged: its content is {staged.sha256[:12]}, its manifest says"
+        f" {manifest.sha256[:12]}.",
+        next_step=f"materialize {spec.name}/index for {manifest.partition} again, or roll back to another"
+        " backup.",
+    )
 
 
 def _content(path: Path) -> str | None:
@@ -277,7 +321,8 @@ def _ensure_fallback(spec: IndexSpec, server: Path, content: Path) -> None:
     if (sha256 := _content(fallback)) is not None:
         keep(spec, server, fallback, sha256, damaged=True)
     for backup in backups(spec, server):
-        if is_intact(backup):
+        # A deploy killed before its rename leaves a backup that is a link to the live file.
+        if is_intact(backup) and not backup.path.samefile(content):
             link(backup.path, fallback)
             return
     commit(stage(fallback, copy_into(content), expected_size=content.stat().st_size))

@@ -45,7 +45,7 @@ def make_folders(server: Path, index: str) -> None:
 
 
 @contextlib.contextmanager
-def working_on(spec: IndexSpec, server: Path, *, wait_seconds: float) -> Iterator[None]:
+def working_on(spec: IndexSpec, server: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the index's lock in the server directory, swept of what killed processes left.
 
     Raises PermanentFailure for a directory that is missing or not writable (it is never created: its

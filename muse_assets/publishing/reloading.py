@@ -1,13 +1,15 @@
 """Makes the search server load the day's files, and takes them back when it does not come up.
 
-Here: the reload hook, the health check, the record of what was loaded last. Not here: replacing a file
-(`deploying.py`). The server reads its files only at start, so this runs once after the day's deploys.
+Here: the reload hook and the health check. Not here: replacing a file (`deploying.py`), the record of
+what was loaded last (`loaded.py`). The server reads its files only at start, so this runs once after the
+day's deploys.
 """
 
 from __future__ import annotations
 
 import http.client
-import json
+import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -20,13 +22,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from muse_assets.catalog import IndexSpec
-from muse_assets.durable_files import locked, sweep, write_text
+from muse_assets.durable_files import locked, sweep
 from muse_assets.failures import MuseError, PermanentFailure
-from muse_assets.publishing.deploying import rollback
+from muse_assets.manifest import read_manifest
+from muse_assets.publishing.backups import backups, is_intact
+from muse_assets.publishing.deploying import Deployment, rollback
 from muse_assets.publishing.layout import check_directory, explained, loaded_file
 from muse_assets.publishing.live import live_file
+from muse_assets.publishing.loaded import loaded_contents, record_loaded
 
 _OUTPUT_CHARACTERS = 500
+# Shorter arguments are flags; hiding them would make the output unreadable.
+_SECRET_CHARACTERS = 4
+# A deploy holds an index's lock while it copies and hashes the file.
+_LOCK_WAIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,14 @@ class Reload:
     seconds: float
 
 
+class ReloadFailed(PermanentFailure):
+    """The server did not come up on the live files. returned: the roll-backs that were made for it."""
+
+    def __init__(self, what: str, *, next_step: str, returned: Sequence[Deployment]) -> None:
+        super().__init__(what, next_step=next_step)
+        self.returned = tuple(returned)
+
+
 def reload_server(
     server: Path,
     specs: Sequence[IndexSpec],
@@ -49,23 +66,24 @@ def reload_server(
     health: str | None,
     timeout_seconds: float = 120.0,
     pause_seconds: float = 1.0,
-    lock_wait_seconds: float = 0.0,
 ) -> Reload:
     """Restart the search server if a live file of `specs` is not what it loaded last.
 
     hook: a command (never run by a shell) or an http(s) URL, which gets a POST. health: a command or URL
     (GET), tried every `pause_seconds` until it succeeds; hook and health share `timeout_seconds`. When
-    one fails, the covered files go back to what was loaded last, the hook runs again for them, and
-    PermanentFailure says what happened. Without a hook nothing is run or recorded.
-    Raises PermanentFailure too for a damaged live file or an unusable setting, before anything is run.
+    one fails, the covered files that are still live go back to what was loaded last (to the newest intact
+    backup, if nothing was), the hook runs again for them, and ReloadFailed says what happened. Without a
+    hook nothing is run or recorded. Raises PermanentFailure for a damaged live file or an unusable
+    setting, before anything is run. No message holds more of a setting than a URL's scheme, host, port
+    and path, or a command's program.
     """
     started = time.monotonic()
-    for setting in (hook, health):
-        _check_setting(setting)
+    _check_setting("MUSE_RELOAD", hook)
+    _check_setting("MUSE_RELOAD_HEALTH", health)
     check_directory(server)
     # No index can have this name: theirs begin with a letter.
     lock = server / ".locks" / ".reload.lock"
-    with explained("Reload", server), locked(lock, wait_seconds=lock_wait_seconds):
+    with explained("Reload", server), locked(lock):
         sweep(loaded_file(server))
         loaded = loaded_contents(server)
         live = _live_contents(server, specs)
@@ -81,37 +99,21 @@ def reload_server(
             )
             return Reload(covered, False, message, time.monotonic() - started)
         if (fault := _restart(hook, health, timeout_seconds, pause_seconds)) is not None:
-            report = _go_back(server, [s for s in specs if s.name in covered], loaded)
-            if report.returned:
+            returned, lines = _go_back(server, specs, covered, loaded)
+            if returned:
                 second = _restart(hook, health, timeout_seconds, pause_seconds)
-                report.lines.append(
+                lines.append(
                     "the server came up on them" if second is None else f"but the second try failed: {second}"
                 )
-            raise PermanentFailure(
+            raise ReloadFailed(
                 f"The search server in {server} did not take {', '.join(covered)}: {fault};"
-                f" {'; '.join(report.lines)}.",
+                f" {'; '.join(lines)}.",
                 next_step="look into the server's log; if it is down, restart it by hand.",
+                returned=returned,
             )
-        write_text(loaded_file(server), json.dumps(loaded | covered, indent=1, sort_keys=True) + "\n")
+        record_loaded(server, loaded | covered)
         message = f"The server loaded {', '.join(covered)}."
         return Reload(covered, True, message, time.monotonic() - started)
-
-
-def loaded_contents(server: Path) -> dict[str, str]:
-    """Index -> sha256 that the server last loaded well. PermanentFailure if the record is unreadable."""
-    path = loaded_file(server)
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise PermanentFailure(
-            f"{path} is not a JSON object of hashes.",
-            next_step="remove it; the next reload covers every live file and writes it anew.",
-        )
-    return content
 
 
 def _live_contents(server: Path, specs: Sequence[IndexSpec]) -> dict[str, str]:
@@ -130,26 +132,47 @@ def _live_contents(server: Path, specs: Sequence[IndexSpec]) -> dict[str, str]:
     return contents
 
 
-@dataclass(frozen=True)
-class _Return:
-    returned: bool
-    lines: list[str]
-
-
-def _go_back(server: Path, specs: Sequence[IndexSpec], loaded: dict[str, str]) -> _Return:
-    lines, returned = [], False
+def _go_back(
+    server: Path, specs: Sequence[IndexSpec], covered: dict[str, str], loaded: dict[str, str]
+) -> tuple[list[Deployment], list[str]]:
+    """Put back what was loaded last; return the roll-backs, and a clause about every index."""
+    returned, lines = [], []
     for spec in specs:
-        if spec.name not in loaded:
-            lines.append(f"{spec.name} stays, as nothing was loaded before it")
+        if spec.name not in covered:
             continue
         try:
-            deployment = rollback(spec, server, to=loaded[spec.name], lock_wait_seconds=10.0)
+            to = loaded.get(spec.name) or _newest_backup(spec, server, covered[spec.name])
+            if to is None:
+                lines.append(f"{spec.name} stays, as there is nothing to go back to")
+                continue
+            if _is_older(spec, server, covered[spec.name], to):
+                lines.append(f"{spec.name} stays, as it was rolled back since")
+                continue
+            # A newer deploy meanwhile stays: this restart says nothing about it.
+            deployment = rollback(
+                spec, server, to=to, replacing=covered[spec.name], lock_wait_seconds=_LOCK_WAIT_SECONDS
+            )
         except MuseError as error:
             lines.append(f"{spec.name} could not go back: {error}")
         else:
             lines.append(f"{spec.name} went back to {deployment.sha256[:12]} of {deployment.partition}")
-            returned = True
-    return _Return(returned, lines)
+            returned.append(deployment)
+    return returned, lines
+
+
+def _is_older(spec: IndexSpec, server: Path, live_sha256: str, loaded_sha256: str) -> bool:
+    """Whether the live file was built before the loaded one: an operator took that one back."""
+    live, loaded = (read_manifest(server, spec.name, sha256) for sha256 in (live_sha256, loaded_sha256))
+    return bool(live and loaded and live.built_at < loaded.built_at)
+
+
+def _newest_backup(spec: IndexSpec, server: Path, live_sha256: str) -> str | None:
+    """The newest intact content that is not live: what the server ran on, if nothing was recorded."""
+    with explained(f"Index {spec.name}", server):
+        for backup in backups(spec, server):
+            if backup.manifest and backup.manifest.sha256 != live_sha256 and is_intact(backup):
+                return backup.manifest.sha256
+    return None
 
 
 def _restart(hook: str, health: str | None, timeout_seconds: float, pause_seconds: float) -> str | None:
@@ -189,14 +212,26 @@ def _run(command: list[str], timeout_seconds: float) -> str | None:
             return f"{command[0]} did not end within {timeout_seconds:g} s"
         if code == 0:
             return None
-        output.seek(0)
-        text = " ".join(output.read(1 << 20).decode("utf-8", "replace").split())[-_OUTPUT_CHARACTERS:]
+        output.seek(max(0, output.seek(0, os.SEEK_END) - (1 << 20)))
+        text = _masked(output.read().decode("utf-8", "replace"), command[1:])[-_OUTPUT_CHARACTERS:]
         return f"{command[0]} ended with {code}: {text or 'no output'}"
+
+
+def _masked(output: str, arguments: Sequence[str]) -> str:
+    """The output in one line, without the arguments: any of them, or a part of one, may be a secret."""
+    whole = [" ".join(argument.split()) for argument in arguments]
+    parts = [part for argument in arguments for part in re.split(r"[\s=:@?&'\"]+", argument)]
+    text = " ".join(output.split())
+    # The longest first, or a part would hide the rest of its argument from the search.
+    for secret in sorted({*whole, *parts}, key=len, reverse=True):
+        if len(secret) >= _SECRET_CHARACTERS:
+            text = text.replace(secret, "***")
+    return text
 
 
 def _request(url: str, method: str, timeout_seconds: float) -> str | None:
     parts = urlsplit(url)
-    # The query may hold a token, the user part a password.
+    # The query may hold a token.
     shown = f"{method} {parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
     request = urllib.request.Request(url, data=b"" if method == "POST" else None, method=method)  # noqa: S310
     try:
@@ -205,23 +240,41 @@ def _request(url: str, method: str, timeout_seconds: float) -> str | None:
             return None
     except urllib.error.HTTPError as error:
         return f"{shown} answered {error.code}"
-    except (OSError, http.client.HTTPException) as error:
+    except (http.client.HTTPException, ValueError) as error:
+        # Their words repeat the URL or the answer.
+        return f"{shown}: {type(error).__name__}"
+    except OSError as error:
         return f"{shown}: {getattr(error, 'reason', None) or error or type(error).__name__}"
 
 
 def _is_url(setting: str) -> bool:
-    return setting.startswith(("http://", "https://"))
+    return setting.lower().startswith(("http://", "https://"))
 
 
-def _check_setting(setting: str | None) -> None:
-    if setting is None:
-        return
-    try:
-        usable = bool(urlsplit(setting).hostname) if _is_url(setting) else bool(shlex.split(setting))
-    except ValueError:
-        usable = False
-    if not usable:
+def _check_setting(variable: str, setting: str | None) -> None:
+    if setting is not None and (remedy := _remedy(setting)) is not None:
         raise PermanentFailure(
-            "The reload hook or health check is neither a command nor an http(s) URL.",
-            next_step="correct MUSE_RELOAD or MUSE_RELOAD_HEALTH (quotes must be balanced).",
+            f"{variable} is neither a command nor an http(s) URL that can be called; nothing was run.",
+            next_step=f"correct {variable}: {remedy}.",
         )
+
+
+def _remedy(setting: str) -> str | None:
+    """What to change in a hook or health check, without any of its characters; None if it is usable."""
+    if not setting.isprintable():
+        return "take the control characters out"
+    try:
+        if not _is_url(setting):
+            command = shlex.split(setting)
+            # Messages name the program; a mistyped URL or TOKEN=... in its place may be a secret.
+            named = command and "://" not in command[0] and "=" not in command[0]
+            return None if named else "begin with a program, http:// or https://"
+        parts = urlsplit(setting)
+        if "@" in parts.netloc:
+            return "a URL takes no user part; put the token in the query or use a command"
+        if " " in setting or not setting.isascii():
+            return "percent-encode the URL's spaces and letters beyond ASCII"
+        # Reading the port checks it.
+        return None if parts.hostname and parts.port != 0 else "the URL needs a host, and a port above 0"
+    except ValueError:
+        return "balance the quotes of a command, or give the URL a port from 1 to 65535"

@@ -35,7 +35,7 @@ from muse_assets.ivfpq.quality import (
     measure_probes,
     reencoded_wrongly,
 )
-from muse_assets.manifest import Manifest, write_manifest
+from muse_assets.manifest import Manifest, read_manifest, write_manifest
 from muse_assets.snapshots import gate
 from muse_assets.snapshots.cluster import Cluster, load_cluster
 from muse_assets.snapshots.gate import Check
@@ -153,7 +153,8 @@ def build_snapshot(
         midnight = datetime.combine(day + timedelta(days=1), datetime.min.time())
         table = read_table_state(engine, spec, midnight)
         parent = None if full else _find_parent(build, cluster)
-        if parent and not len(changed_buckets(parent.state.digests, table.digests)):
+        same_rows = parent and not len(changed_buckets(parent.state.digests, table.digests))
+        if parent and same_rows and parent.snapshot.manifest.gate == gate_of(spec):
             return _unchanged(build, parent, table)
         previous = next(snapshots(work, spec, until=day), None)
         index = read_index(parent.snapshot.path) if parent else cluster.index
@@ -164,14 +165,18 @@ def build_snapshot(
 
 
 def source_of(spec: IndexSpec) -> str:
-    """What the vectors come from, how they are read, and the gate they passed.
-
-    A snapshot of another source, or let through by another gate, is never built upon.
-    """
+    """What the vectors come from and how they are read: another source is never built upon."""
     return (
         f"{spec.table}.{spec.embedding_column} {spec.encoding} offset {spec.id_offset} "
-        f"buckets {BUCKET_ROWS}{' normalized' if spec.normalize else ''} "
-        f"gate {spec.recall_gate}/{spec.probe_share}/{spec.max_imbalance}"
+        f"buckets {BUCKET_ROWS}{' normalized' if spec.normalize else ''}"
+    )
+
+
+def gate_of(spec: IndexSpec) -> str:
+    """The limits a snapshot has to keep: after a change of them even an unchanged table is measured anew."""
+    return (
+        f"recall {spec.recall_gate} probes {spec.probe_share} imbalance {spec.max_imbalance} "
+        f"rejected {spec.max_rejected_share}"
     )
 
 
@@ -314,9 +319,12 @@ def _manifest(
     build: _Build, filled: _Filled, measured: _Measured, staged: Staged, checks: tuple[Check, ...]
 ) -> Manifest:
     spec, index, synced, curve = build.spec, filled.index, filled.synced, measured.curve
+    # A table that went back to an earlier state gives the bytes, and so the facts, of a newer day too.
+    known = read_manifest(build.work, spec.name, staged.sha256)
+    day = build.day.isoformat()
     return Manifest(
         index=spec.name,
-        partition=build.day.isoformat(),
+        partition=max(day, known.partition) if known else day,
         sha256=staged.sha256,
         size=staged.size,
         built_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -333,6 +341,7 @@ def _manifest(
         cluster=filled.cluster.fingerprint,
         encoder=encoder_name(),
         source=source_of(spec),
+        gate=gate_of(spec),
         newest_idx=filled.table.newest_idx,
         mode="incremental" if filled.parent else "full",
         parent=filled.parent.snapshot.manifest.sha256 if filled.parent else None,

@@ -23,6 +23,8 @@ from muse_assets.embeddings.digests import Digests, empty_digests
 from muse_assets.failures import Conflict
 from muse_assets.manifest import Manifest, identify, manifest_path
 
+# Files by any other name came from the legacy verbs' --output.
+_USUAL_NAME = re.compile(r"^muse_\w+_(\d{8}|cluster)\.index$")
 _ARRAYS = ("bucket", "rows", "idx_sum", "whole", "half", "rejected_idx", "rejected_reason")
 
 
@@ -121,8 +123,8 @@ def read_state(work: Path, index: str, sha256: str) -> RowState | None:
 def prune(work: Path, spec: IndexSpec, *, today: date, keep_days: int = 7, keep_files: int = 2) -> list[Path]:
     """Remove snapshots older than `keep_days` beyond the newest `keep_files`, and facts nobody needs.
 
-    Clusters keep their facts: a cluster may have any name. While a build holds the index's lock, whose
-    facts precede their file, nothing is removed; the next call does it.
+    Clusters keep their facts, since a cluster may have any name, and so do files by other names. While a
+    build holds the index's lock, whose facts precede their file, nothing is removed; the next call does it.
     """
     try:
         with durable_files.locked(lock_file(work, spec)):
@@ -137,7 +139,9 @@ def _prune(work: Path, spec: IndexSpec, oldest: date, keep_files: int) -> list[P
         if position >= keep_files and day < oldest:
             path.unlink()
             removed.append(path)
-    needed = {durable_files.file_sha256(path) for _, path in snapshot_files(work, spec)}
+    other_names = (path for path in work.glob("*.index") if not _USUAL_NAME.match(path.name))
+    kept = (*(path for _, path in snapshot_files(work, spec)), *other_names)
+    needed = {durable_files.file_sha256(path) for path in kept}
     for facts in (work / ".manifests" / spec.name).glob("[!.]*"):
         if facts.name.split(".")[0] not in needed and not facts.name.endswith(".cluster.json"):
             facts.unlink()
