@@ -17,9 +17,15 @@ import pytest
 import redis
 
 from muse_assets.connections.embedded_valkey import embedded_valkey
+from muse_assets_tests.faults.ledger import faults_table
 from muse_assets_tests.servers import find_binary, fresh_schema, private_mariadb, private_redis
 
 _MISSING = "SERVICE MISSING:"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--heavy-faults`: inject each fault as often as `make test-faults` does."""
+    parser.addoption("--heavy-faults", action="store_true", help="inject every fault many times")
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,10 @@ def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stores]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say in one line which tests had no server."""
+    """Say in one line which tests had no server, and in one table which faults were injected."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    last = [report for report in reports if getattr(report, "when", None) == "teardown"]
+    terminalreporter.write(faults_table([pair for report in last for pair in report.user_properties]))
     reasons = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
     if without := [reason for reason in reasons if _MISSING in reason]:
         names = sorted({reason.split(_MISSING)[1].split(";")[0].strip() for reason in without})

@@ -25,6 +25,10 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
+CANARY = "canary-5f1c9e07"
+"""The password of every private server: nothing that the pipeline writes may hold it."""
+
+_USER = "muse"
 _START_SECONDS = 60
 _STOP_SECONDS = 30
 _PR_SET_PDEATHSIG = 1
@@ -41,6 +45,11 @@ def private_mariadb(directory: Path) -> Iterator[str]:
     """SQLAlchemy URL of the empty schema `muse` on a new MariaDB whose data lies in `directory`."""
     data = directory / "mariadb"
     data.mkdir(parents=True)
+    first = directory / "first.sql"
+    first.write_text(
+        f"CREATE USER IF NOT EXISTS {_USER}@'%' IDENTIFIED BY '{CANARY}';\n"
+        f"GRANT ALL ON *.* TO {_USER}@'%' WITH GRANT OPTION;\n"
+    )
     as_root = ["--user=root"] if os.getuid() == 0 else []
     subprocess.run(
         [
@@ -68,9 +77,10 @@ def private_mariadb(directory: Path) -> Iterator[str]:
         "--innodb-buffer-pool-size=32M",
         "--innodb-log-file-size=16M",
         "--skip-log-bin",
+        f"--init-file={first}",
         *as_root,
     ]
-    server = f"mysql+pymysql://root@127.0.0.1:{port}"
+    server = f"mysql+pymysql://{_USER}:{CANARY}@127.0.0.1:{port}"
 
     def ready() -> bool:
         try:
@@ -89,8 +99,8 @@ def private_redis(directory: Path) -> Iterator[str]:
     directory.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     command = [_binary("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    command += ["--appendonly", "no", "--dir", str(directory)]
-    client = redis.Redis(port=port)
+    command += ["--appendonly", "no", "--dir", str(directory), "--requirepass", CANARY]
+    client = redis.Redis(port=port, password=CANARY)
 
     def ready() -> bool:
         with contextlib.suppress(redis.ConnectionError):
@@ -98,7 +108,7 @@ def private_redis(directory: Path) -> Iterator[str]:
         return False
 
     with client, _running(command, directory / "redis.log", ready):
-        yield f"redis://127.0.0.1:{port}/0"
+        yield f"redis://:{CANARY}@127.0.0.1:{port}/0"
 
 
 @contextlib.contextmanager
