@@ -7,7 +7,7 @@ SERVER_VENV := .venv-server
 SERVER_FAISS := faiss-cpu==1.11.0.post1
 
 .DEFAULT_GOAL := help
-.PHONY: help run ui test lint clean
+.PHONY: help run ui test test-faults lint clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ ui: $(VENV)/.ready  ## Open the Dagster UI at http://127.0.0.1:3000
 
 test: $(VENV)/.ready $(SERVER_VENV)/.ready  ## All tests, on SQLite + Valkey and on MariaDB + Redis
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.ready  ## Every fault injected many times (about 25 minutes); prints one table
+	$(BIN)/python -m pytest -n 2 --heavy-faults muse_assets_tests/faults $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready  ## Format, lint, types, and that Dagster loads the definitions
 	$(BIN)/ruff format --check .

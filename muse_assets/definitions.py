@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 
+from muse_assets.alerts import build_failure_sensor
 from muse_assets.assets.index_lane import build_lane
 from muse_assets.assets.playlist_cache import build_playlist_assets
 from muse_assets.assets.server_reload import build_server_reload
@@ -35,7 +36,10 @@ def build_defs(settings: Settings | None = None, **resources: Any) -> dg.Definit
         ],
         jobs=jobs,
         schedules=[build_schedule(catalog, running=running)],
-        sensors=[build_deploy_sensor(catalog, jobs, running=running, reloads=bool(settings.reload))],
+        sensors=[
+            build_deploy_sensor(catalog, jobs, running=running, reloads=bool(settings.reload)),
+            build_failure_sensor(settings, running=running),
+        ],
         resources={**build_resources(settings), **resources},
         executor=dg.in_process_executor,
     )

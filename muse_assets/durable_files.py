@@ -37,8 +37,13 @@ class Staged:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex. FAISS files carry no checksum of their own."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if error.filename is None:  # a failed read, as opposed to a failed open, does not say of what
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -49,13 +54,14 @@ def locked(lock_file: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     Raises Conflict when another process still holds it after `wait_seconds`.
     """
     with _explained(lock_file):
-        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(lock_file.parent)
         descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         deadline = time.monotonic() + wait_seconds
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with _explained(lock_file, passing_through=BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
@@ -66,7 +72,27 @@ def locked(lock_file: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
                 time.sleep(0.05)
         yield
     finally:
-        os.close(descriptor)
+        # The lock is gone whatever close says, and nothing was written: the work done under it holds.
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """Create the directory, and its parents, where missing: durably, and whatever the umask for readers.
+
+    Raises OSError.
+    """
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        if directory.is_dir():  # another process was faster
+            return
+        raise
+    directory.chmod(directory.stat().st_mode | 0o055)
+    fsync_directory(directory.parent)
 
 
 def fsync_directory(directory: Path) -> None:
@@ -122,7 +148,7 @@ def stage(target: Path, produce: Callable[[Write], None], *, expected_size: int 
                     next_step="check that disk (dmesg, smartctl) and launch the run again.",
                 )
     except BaseException:
-        temp.unlink(missing_ok=True)
+        _remove(temp)
         raise
     return Staged(temp, target, digest.hexdigest(), size)
 
@@ -164,13 +190,13 @@ def commit(staged: Staged) -> None:
 
 def discard(staged: Staged) -> None:
     """Drop a staged file that is not to be published."""
-    staged.path.unlink(missing_ok=True)
+    _remove(staged.path)
 
 
 def write_text(target: Path, text: str) -> None:
     """Replace a small text file (UTF-8) atomically and durably."""
     with _explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
     content = text.encode("utf-8")
     commit(stage(target, lambda write: write(content)))
 
@@ -178,13 +204,20 @@ def write_text(target: Path, text: str) -> None:
 def link(source: Path, target: Path) -> None:
     """Give `source`'s inode the further name `target`, replacing it atomically, and make it durable.
 
-    For files that are replaced by rename only and never written in place.
+    For files that are replaced by rename only and never written in place. Raises Conflict when `source` is
+    not there any more.
     """
     temp = _temp(target)
     with _explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         try:
-            temp.hardlink_to(source)
+            try:
+                temp.hardlink_to(source)
+            except FileNotFoundError as error:  # also while a rename replaces it: its inode has no name left
+                raise Conflict(
+                    f"{source} was replaced or removed by someone else during the run.",
+                    next_step="find out who writes there, then launch the run again; nothing was replaced.",
+                ) from error
             temp.replace(target)
         finally:
             temp.unlink(missing_ok=True)  # renaming onto the same inode leaves both names
@@ -210,7 +243,28 @@ def _temp(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(subject: str, directory: Path, unharmed: str) -> Iterator[None]:
+    """Turn an OSError from before a rename into a failure that names the path.
+
+    unharmed: a clause that says what the error did not change.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise PassingFailure(
+            f"{subject}: {error.strerror or error} at {error.filename or directory}; {unharmed}.",
+            next_step=f"check the disk of {directory} and its permissions, then launch the run again.",
+        ) from error
+
+
+def _remove(temp: Path) -> None:
+    # On a failing disk this fails too, and must not hide the failure that led here; `sweep` comes later.
+    with contextlib.suppress(OSError):
+        temp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, passing_through: type[OSError] | tuple[()] = ()) -> Iterator[None]:
     """Turn an OSError into a failure that names the path and the remedy."""
     remedies = {
         errno.ENOSPC: ("the disk is full", "free space there"),
@@ -224,6 +278,8 @@ def _explained(path: Path) -> Iterator[None]:
     }
     try:
         yield
+    except passing_through:
+        raise
     except OSError as error:
         reason, remedy = remedies.get(error.errno or 0, (str(error.strerror or error), "check that disk"))
         kind = PassingFailure if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT) else PermanentFailure

@@ -7,13 +7,14 @@ has no manifest was damaged, edited or never ours. Not here: what the facts are 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from muse_assets import durable_files
+from muse_assets.failures import PassingFailure
+from muse_assets.sealed_json import read_sealed, write_sealed
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,30 @@ def manifest_path(directory: Path, index: str, sha256: str) -> Path:
 def write_manifest(directory: Path, manifest: Manifest) -> Path:
     """Write the manifest durably; call it before the file itself is renamed into place."""
     path = manifest_path(directory, manifest.index, manifest.sha256)
-    durable_files.write_text(
-        path, json.dumps(asdict(manifest), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-    )
+    write_sealed(path, asdict(manifest))
     return path
 
 
 def read_manifest(directory: Path, index: str, sha256: str) -> Manifest | None:
-    """The facts of the file with that content hash, or None if there are none or they are unreadable."""
+    """The facts of the file with that content hash; None if there are none or they were damaged.
+
+    Raises PassingFailure where the disk fails: a file must not be called damaged for that.
+    """
+    path = manifest_path(directory, index, sha256)
     try:
-        content: dict[str, Any] = json.loads(manifest_path(directory, index, sha256).read_text("utf-8"))
-        known = {f.name for f in fields(Manifest)}
+        content = read_sealed(path)
+    except OSError as error:
+        raise PassingFailure(
+            f"Index {index}: the manifest {path} cannot be read: {error.strerror or error}; nothing was"
+            " replaced.",
+            next_step="check that disk and the file's permissions, then launch the run again.",
+        ) from error
+    if content is None:
+        return None
+    known = {f.name for f in fields(Manifest)}
+    try:
         manifest = Manifest(**{key: value for key, value in content.items() if key in known})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except TypeError:  # an older version's, without a field that is needed now
         return None
     return manifest if (manifest.index, manifest.sha256) == (index, sha256) else None
 

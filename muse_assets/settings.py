@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from muse_assets.catalog import Catalog, load_catalog
@@ -19,7 +19,12 @@ from muse_assets.catalog import Catalog, load_catalog
 class Settings(BaseSettings):
     """Every setting, read from `MUSE_<NAME>`; unset means the embedded default under `home`."""
 
-    model_config = SettingsConfigDict(env_prefix="MUSE_", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix="MUSE_",
+        frozen=True,
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # a refused value may be a secret
+    )
 
     home: Path = Field(Path(".muse"), description="Folder of everything that is not set otherwise")
     embedding_db_url: SecretStr | None = Field(None, description="SQLAlchemy URL of the embedding tables")
@@ -27,7 +32,7 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(None, description="redis://, rediss:// or unix:// URL")
     work_dir: Path | None = Field(None, description="Clusters and dated snapshots")
     server_dir: Path | None = Field(None, description="Where the search server reads its live files")
-    log_dir: Path = Field(Path("logs"), description="Folder of the legacy verbs' logs")
+    log_dir: Path = Field(Path("logs"), description="Folder of the logs by job, of alerts, of legacy verbs")
     playlist_layout: Literal["song_tables", "song_pool"] = Field(
         "song_tables", description="One table per program, or one pool table with a program column"
     )
@@ -38,10 +43,19 @@ class Settings(BaseSettings):
     reload_health: str | None = Field(
         None, repr=False, description="Command or http(s) URL (GET) that must then succeed"
     )
+    alert_url: SecretStr | None = Field(None, description="Webhook (http or https) that red runs are told to")
+    ui_url: str | None = Field(None, description="Where people reach the Dagster UI: alerts link to it")
     automation: Literal["running", "stopped"] = Field(
         "stopped", description="Initial state of the schedule and the deploy sensor"
     )
     catalog: Path | None = Field(None, description="TOML file with an installation's catalog overrides")
+
+    @field_validator("alert_url")
+    @classmethod
+    def _is_web_address(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().lower().startswith(("http://", "https://")):
+            raise ValueError("it is not an http or https URL")
+        return url
 
     @cached_property
     def root(self) -> Path:

@@ -42,7 +42,7 @@ def table_of(spec: IndexSpec, *, dated: bool = True) -> Table:
     return Table(
         spec.table,
         MetaData(),
-        Column("idx", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
+        Column("idx", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
         *(Column(name, String(32)) for name in spec.song_key),
         Column(spec.embedding_column, Text() if spec.encoding == "json" else LargeBinary()),
         *created,

@@ -40,17 +40,105 @@ def find_binary(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin")
 
 
+class MariaDb:
+    """A MariaDB whose data lies in `directory`: it can be killed and started again on the same port and data.
+
+    options: of mariadbd, beside those that make it small; they win.
+    """
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def server_url(self) -> str:
+        """SQLAlchemy URL without a schema."""
+        return f"mysql+pymysql://{_USER}:{CANARY}@127.0.0.1:{self.port}/"
+
+    @property
+    def url(self) -> str:
+        """SQLAlchemy URL of the schema `muse`."""
+        return f"{self.server_url}muse"
+
+    @property
+    def pid(self) -> int:
+        """Of the running server."""
+        assert self._process is not None, "the server does not run"
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, on new data the first time, and wait until it answers."""
+        data = self.directory / "mariadb"
+        if not data.exists():
+            _install_mariadb(data, self.directory / "first.sql")
+        self._process = _started(self._command(data), self.directory / "mariadb.log", self._ready)
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut is for it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """Shut it down."""
+        if self._process is not None:
+            _stop(self._process)
+            self._process = None
+
+    def _command(self, data: Path) -> list[str]:
+        return [
+            _binary("mariadbd"),
+            "--no-defaults",
+            f"--datadir={data}",
+            f"--port={self.port}",
+            "--bind-address=127.0.0.1",
+            "--socket=m.sock",  # relative to the data folder: a socket path has 107 bytes at most
+            "--character-set-server=utf8mb4",
+            "--max-allowed-packet=64M",
+            "--innodb-flush-log-at-trx-commit=0",
+            "--innodb-buffer-pool-size=32M",
+            "--innodb-log-file-size=16M",
+            "--skip-log-bin",
+            f"--init-file={self.directory / 'first.sql'}",
+            *_as_root(),
+            *self._options,
+        ]
+
+    def _ready(self) -> bool:
+        try:
+            execute(self.server_url, "CREATE DATABASE IF NOT EXISTS muse")
+        except OperationalError:
+            return False
+        return True
+
+
 @contextlib.contextmanager
-def private_mariadb(directory: Path) -> Iterator[str]:
+def private_mariadb(directory: Path, *options: str) -> Iterator[str]:
     """SQLAlchemy URL of the empty schema `muse` on a new MariaDB whose data lies in `directory`."""
-    data = directory / "mariadb"
+    with mariadb_server(directory, *options) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def mariadb_server(directory: Path, *options: str) -> Iterator[MariaDb]:
+    """A running MariaDB of the test's own, to be killed and restarted at will."""
+    server = MariaDb(directory, *options)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+def _install_mariadb(data: Path, first: Path) -> None:
     data.mkdir(parents=True)
-    first = directory / "first.sql"
     first.write_text(
         f"CREATE USER IF NOT EXISTS {_USER}@'%' IDENTIFIED BY '{CANARY}';\n"
         f"GRANT ALL ON *.* TO {_USER}@'%' WITH GRANT OPTION;\n"
     )
-    as_root = ["--user=root"] if os.getuid() == 0 else []
     subprocess.run(
         [
             _binary("mariadb-install-db"),
@@ -58,48 +146,24 @@ def private_mariadb(directory: Path) -> Iterator[str]:
             f"--datadir={data}",
             "--auth-root-authentication-method=normal",
             "--skip-test-db",
-            *as_root,
+            *_as_root(),
         ],
         check=True,
         capture_output=True,
     )
-    port = _free_port()
-    command = [
-        _binary("mariadbd"),
-        "--no-defaults",
-        f"--datadir={data}",
-        f"--port={port}",
-        "--bind-address=127.0.0.1",
-        "--socket=m.sock",  # relative to the data folder: a socket path has 107 bytes at most
-        "--character-set-server=utf8mb4",
-        "--max-allowed-packet=64M",
-        "--innodb-flush-log-at-trx-commit=0",
-        "--innodb-buffer-pool-size=32M",
-        "--innodb-log-file-size=16M",
-        "--skip-log-bin",
-        f"--init-file={first}",
-        *as_root,
-    ]
-    server = f"mysql+pymysql://{_USER}:{CANARY}@127.0.0.1:{port}"
 
-    def ready() -> bool:
-        try:
-            execute(f"{server}/", "CREATE DATABASE IF NOT EXISTS muse")
-        except OperationalError:
-            return False
-        return True
 
-    with _running(command, directory / "mariadb.log", ready):
-        yield f"{server}/muse"
+def _as_root() -> list[str]:
+    return ["--user=root"] if os.getuid() == 0 else []
 
 
 @contextlib.contextmanager
-def private_redis(directory: Path) -> Iterator[str]:
-    """URL of database 0 of a new Redis that saves nothing."""
+def private_redis(directory: Path, *options: str) -> Iterator[str]:
+    """URL of database 0 of a new Redis that saves nothing unless `options` say so."""
     directory.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     command = [_binary("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    command += ["--appendonly", "no", "--dir", str(directory), "--requirepass", CANARY]
+    command += ["--appendonly", "no", "--dir", str(directory), "--requirepass", CANARY, *options]
     client = redis.Redis(port=port, password=CANARY)
 
     def ready() -> bool:
@@ -131,12 +195,20 @@ def execute(url: str, *statements: str) -> None:
 
 @contextlib.contextmanager
 def _running(command: list[str], log: Path, ready: Callable[[], bool]) -> Iterator[None]:
+    process = _started(command, log, ready)
+    try:
+        yield
+    finally:
+        _stop(process)
+
+
+def _started(command: list[str], log: Path, ready: Callable[[], bool]) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - loads no module, takes no lock
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - loads no module, takes no lock
         )
     try:
         deadline = time.monotonic() + _START_SECONDS
@@ -145,17 +217,23 @@ def _running(command: list[str], log: Path, ready: Callable[[], bool]) -> Iterat
                 tail = log.read_text("utf-8", "replace")[-2000:]
                 raise RuntimeError(f"{command[0]} did not start (exit status {process.returncode}): {tail}")
             time.sleep(0.05)
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    except BaseException:
+        _stop(process)
+        raise
+    return process
 
 
-def _die_with_parent() -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it ends."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -167,7 +245,8 @@ def _binary(name: str) -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from muse_assets.assets.index_lane import deployed_key, index_key
 from muse_assets.assets.playlist_cache import PLAYLIST_CACHE
+from muse_assets.assets.run_processes import PROCESS_TAG, fail_dead_runs, this_process
 from muse_assets.automation import (
     DAILY,
     DEPLOY,
@@ -23,8 +26,11 @@ from muse_assets.automation import (
     REBUILD,
     RELOAD,
     Cursor,
+    DeployRun,
     Event,
+    NextTry,
     build_to_deploy,
+    next_try,
     read_cursor,
     write_cursor,
 )
@@ -81,6 +87,15 @@ class Automation:
         return self.instance.create_run_for_job(
             self.defs.resolve_job_def(job), status=dg.DagsterRunStatus.STARTED, tags=tags
         )
+
+    def fails(self, request: dg.RunRequest) -> None:
+        """The requested run, killed before it could say anything."""
+        run = self.instance.create_run_for_job(
+            self.defs.resolve_job_def(str(request.job_name)),
+            status=dg.DagsterRunStatus.STARTED,
+            tags=request.tags,
+        )
+        self.instance.report_run_failed(run)
 
     def _record(self, event: dg.AssetMaterialization) -> None:
         self.instance.report_runless_asset_event(event)
@@ -313,11 +328,109 @@ def test_what_was_rolled_back_stays_back(automation: Automation, cursor_is_lost:
     assert days(automation.tick()) == [WEDNESDAY]
 
 
-def test_a_failed_deploy_is_left_to_its_retries_and_to_people(automation: Automation) -> None:
-    automation.built()
-    assert jobs(automation.tick()) == [DEPLOY]
-    automation.instance.report_run_failed(automation.run_in_progress(DEPLOY))
+def test_a_failed_deploy_is_tried_again_after_a_pause(
+    automation: Automation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed gives no reason, so it may have been a passing one."""
+    build = automation.built()
+    [request] = automation.tick()
+    automation.fails(request)
     assert automation.tick() == []
+    assert automation.skipped.startswith(f"the deploy of vibe {MONDAY} failed (run ")
+    assert "try 2 at " in automation.skipped
+
+    monkeypatch.setattr("muse_assets.automation.RETRY_PAUSES", (timedelta(0),) * 3)
+    for number in (2, 3, 4):
+        automation.cursor = (
+            "" if number == 3 else automation.cursor
+        )  # the runs are the record, not the cursor
+        [request] = automation.tick()
+        assert request.run_key == f"deploy-vibe-{build}-{number}"
+        assert days([request]) == [MONDAY]
+        assert automation.tick() == []
+        automation.fails(request)
+    assert automation.tick() == []
+    assert "failed 4 times" in automation.skipped
+    newer = automation.built(day=TUESDAY)
+    assert [r.run_key for r in automation.tick()] == [f"deploy-vibe-{newer}"]
+
+
+@pytest.mark.parametrize("newer", ["built", "deployed", "rolled back"])
+def test_a_failed_deploy_is_not_tried_again_once_there_is_something_newer(
+    automation: Automation, monkeypatch: pytest.MonkeyPatch, newer: str
+) -> None:
+    monkeypatch.setattr("muse_assets.automation.RETRY_PAUSES", (timedelta(0),) * 3)
+    automation.built()
+    automation.fails(automation.tick()[0])
+    if newer == "built":
+        again = automation.built()
+        assert [r.run_key for r in automation.tick()] == [f"deploy-vibe-{again}"]
+    else:
+        automation.deployed(rollback=newer == "rolled back")
+        assert jobs(automation.tick()) == [PLAYLISTS] * 6
+    assert automation.tick() == []
+
+
+def test_a_failed_deploy_does_not_hold_up_the_others(automation: Automation) -> None:
+    automation.built("vibe")
+    automation.built("lyrics")
+    vibe, _ = automation.tick()
+    automation.fails(vibe)
+    automation.deployed("lyrics")
+    assert jobs(automation.tick()) == [PLAYLISTS] * 6
+    automation.deployed("vibe")  # by the next try
+    assert jobs(automation.tick()) == [PLAYLISTS] * 6
+
+
+def test_a_run_whose_process_is_gone_holds_nothing_up(automation: Automation) -> None:
+    """Dagster's run monitoring leaves it STARTED: its default launcher cannot ask after a started run."""
+    gone = {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}:1"}  # our pid, at another time
+    elsewhere = {PROCESS_TAG: "another-host:1:1"}
+    dead = automation.run_in_progress(REBUILD, tags=gone)
+    here = automation.run_in_progress(DAILY, tags=this_process())
+    there = automation.run_in_progress(DAILY, tags=elsewhere)
+    automation.deployed()
+    assert automation.tick() == []
+    assert automation.skipped.endswith("in progress 2 of daily")
+    failed = automation.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))
+    assert [run.run_id for run in failed] == [dead.run_id]
+    assert {run.run_id for run in automation.instance.get_runs() if not run.is_finished} == {
+        here.run_id,
+        there.run_id,
+    }
+
+
+def test_what_is_no_tag_of_ours_names_no_dead_process(automation: Automation) -> None:
+    host = socket.gethostname()
+    for tag in ("", "::", host, f"{host}:x:y", f"{host}:-1:7", f"{host}:1"):
+        automation.run_in_progress(DAILY, tags={PROCESS_TAG: tag} if tag else None)
+    init = f"{host}:1:{Path('/proc/1/stat').read_text().rpartition(')')[2].split()[19]}"
+    automation.run_in_progress(DAILY, tags={PROCESS_TAG: init})
+    closed = fail_dead_runs(automation.instance)
+    assert [run.tags[PROCESS_TAG] for run in closed] == [f"{host}:1"], "no process began at an unknown time"
+
+
+NOW = datetime(2026, 3, 2, 17, 0, tzinfo=SEOUL)
+
+
+@pytest.mark.parametrize(
+    ("failures", "due", "said"),
+    [
+        (1, NOW + timedelta(minutes=2), "failed (run run-1), try 2 at 17:02:00 Seoul"),
+        (2, NOW + timedelta(minutes=10), "failed (run run-2), try 3 at 17:10:00 Seoul"),
+        (3, NOW + timedelta(minutes=30), "failed (run run-3), try 4 at 17:30:00 Seoul"),
+        (4, None, "failed 4 times (see run run-4, then launch the job `deploy`)"),
+    ],
+)
+def test_the_pauses_grow_and_end(failures: int, due: datetime | None, said: str) -> None:
+    runs = [DeployRun(f"run-{n + 1}", NOW) for n in range(failures)]
+    assert next_try(runs) == NextTry(failures + 1, due, said)
+    # A refusal is never tried again, whatever came before it; a run in progress or done is left alone.
+    refused = next_try([*runs, DeployRun("last", NOW, passing=False)])
+    assert refused
+    assert (refused.at, "refused" in refused.reason) == (None, True)
+    assert next_try([*runs, DeployRun("last")]) is None
+    assert next_try([]) is None
 
 
 _DAYS = st.sampled_from([MONDAY, TUESDAY, WEDNESDAY])

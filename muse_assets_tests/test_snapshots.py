@@ -9,11 +9,10 @@ import random
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,23 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import OperationalError
 
 from muse_assets import durable_files
-from muse_assets.catalog import IndexSpec
 from muse_assets.connections.databases import connected, engine_for
 from muse_assets.embeddings.decoding import decode
 from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets
 from muse_assets.embeddings.reading import join_pages, rows_by_idx
 from muse_assets.failures import Conflict, MuseError, PassingFailure, PermanentFailure
-from muse_assets.ivfpq.contents import list_ids
 from muse_assets.ivfpq.encoding import fill
 from muse_assets.ivfpq.files import read_index
 from muse_assets.ivfpq.quality import reencoded_wrongly
 from muse_assets.manifest import Manifest, identify, manifest_path, write_manifest
 from muse_assets.snapshots import building
-from muse_assets.snapshots.building import Built, build_snapshot
+from muse_assets.snapshots.building import Built
 from muse_assets.snapshots.cluster import load_cluster, train_cluster
 from muse_assets.snapshots.gate import DESCRIPTIONS, GateFailed
 from muse_assets.snapshots.store import prune, read_state, snapshots, state_path
 from muse_assets.snapshots.sync import read_table_state
 from muse_assets_tests.embedding_rows import (
     NOON,
-    SPEC,
     clear,
     delete_rows,
     npy,
@@ -52,27 +48,10 @@ from muse_assets_tests.embedding_rows import (
     put_rows,
     unit_vectors,
 )
+from muse_assets_tests.lanes import Lane, build, full_bytes, ids_in, lane_at, temps
 from muse_assets_tests.servers import execute
 
 ROWS = 1200
-MONTH = date(2026, 11, 1)
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One index: its table, its work directory. url: the database's."""
-
-    engine: Engine
-    url: str
-    spec: IndexSpec
-    work: Path
-
-    @property
-    def cluster(self) -> Path:
-        return self.work / self.spec.cluster_file
-
-    def file(self, day: int) -> Path:
-        return self.work / self.spec.snapshot_file(MONTH.replace(day=day))
 
 
 def table_rows() -> dict[int, Any]:
@@ -90,10 +69,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_cluster(made.engine, made.spec, made.cluster)
     made.engine.dispose()
     return folder
-
-
-def lane_at(url: str, work: Path) -> Lane:
-    return Lane(engine_for(url), url, replace(SPEC, recall_gate=0.3, max_rejected_share=0.05), work)
 
 
 @pytest.fixture
@@ -117,28 +92,6 @@ def mariadb_lane(trained: Path, tmp_path: Path, mariadb_schema: str) -> Iterator
 def lane(request: pytest.FixtureRequest) -> Lane:
     made: Lane = request.getfixturevalue(f"{request.param}_lane")
     return made
-
-
-def build(lane: Lane, day: int = 1, **options: Any) -> Built:
-    return build_snapshot(lane.engine, lane.spec, lane.work, MONTH.replace(day=day), **options)
-
-
-def full_bytes(lane: Lane, day: int = 1) -> bytes:
-    """What a full build of the day in a new directory gives, with the lane's cluster."""
-    elsewhere = Path(tempfile.mkdtemp(dir=lane.work.parent))
-    built = build(replace(lane, work=elsewhere), day, cluster_path=lane.cluster, full=True)
-    assert built.manifest.mode == "full"
-    content = built.path.read_bytes()
-    shutil.rmtree(elsewhere)
-    return content
-
-
-def ids_in(path: Path) -> list[int]:
-    return sorted(list_ids(read_index(path)).tolist())
-
-
-def temps(lane: Lane) -> list[Path]:
-    return [path for path in lane.work.rglob("*") if path.name.startswith(".") and path.suffix == ".part"]
 
 
 def statements_of(engine: Engine) -> list[str]:

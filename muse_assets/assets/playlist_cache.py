@@ -1,6 +1,9 @@
 """The programs' playlists in Redis: one partition a program, below all seven live files.
 
 Here: the assets and their metadata. Not here: songs, ids or keys (`playlists/`).
+
+One missing embedding table holds back all seven keys of every program: they change together, or a search
+across indexes would mix two days of one playlist. The old keys stay right meanwhile: an idx is never reused.
 """
 
 import dagster as dg

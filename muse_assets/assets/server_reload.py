@@ -1,6 +1,9 @@
 """The search server's restart, once after the day's deploys.
 
 Here: the asset. Not here: hook, health check and putting files back (`publishing.reloading`).
+
+One damaged live file holds back the restart for all seven: the server loads every file at a start, the
+damaged one too, while until then it answers from the sound copies in its memory.
 """
 
 import dagster as dg

@@ -15,6 +15,7 @@ import click
 
 from muse_assets.cli.inspecting import info, info_faiss, search, verify
 from muse_assets.cli.legacy import add_daily_faiss, add_faiss, cache_playlist, train_faiss
+from muse_assets.cli.repairing import repair
 from muse_assets.cli.running import deploy, rollback, run, sample, ui
 from muse_assets.failures import MuseError
 
@@ -59,6 +60,7 @@ for command in (
     deploy,
     rollback,
     verify,
+    repair,
     train_faiss,
     add_faiss,
     add_daily_faiss,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from muse_assets.catalog import Catalog, IndexSpec
+    from muse_assets.publishing.verifying import Finding
     from muse_assets.settings import Settings
 
 _PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -150,49 +151,27 @@ def verify(names: tuple[str, ...]) -> None:
     """Hash every live file, backup, snapshot and cluster, and name what is damaged."""
     from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.summary import show_rows, terminal
-    from muse_assets.failures import PermanentFailure
-    from muse_assets.publishing.verifying import Finding
-    from muse_assets.publishing.verifying import verify as verify_directory
-    from muse_assets.snapshots.cluster import load_cluster
 
     settings = read_settings()
     catalog = settings.load_catalog()
     specs = [catalog.index(name) for name in names] or list(catalog.indexes)
-    found = [
-        (spec, finding)
-        for spec in specs
-        for directory in (settings.server_directory(), settings.work_directory())
-        for finding in verify_directory(directory, spec)
-    ]
-    for spec in specs:
-        cluster = settings.work_directory() / spec.cluster_file
-        if cluster.exists():
-            try:
-                what = f"cluster {load_cluster(cluster, spec).fingerprint[:12]}"
-                found.append((spec, Finding(cluster, "ok", what)))
-            except PermanentFailure as error:
-                found.append((spec, Finding(cluster, "damaged", error.what)))
+    found = [(spec, finding) for spec in specs for finding in findings(settings, spec)]
     bad = [(spec, finding) for spec, finding in found if finding.state != "ok"]
     show_rows(terminal(), ("state", "file", "what"), [(f.state, f.path, f.what) for _, f in bad or found])
     click.echo(f"{len(found)} files, {len(bad)} of them not as published.")
-    for remedy in dict.fromkeys(_remedy(spec, finding.path) for spec, finding in bad):
-        click.echo(f"Next: {remedy}")
     if bad:
+        names = tuple(dict.fromkeys(spec.name for spec, _ in bad))
+        click.echo(f"Next: `muse repair {' '.join(names)}` restores them from an intact copy or by a build.")
         sys.exit(1)
 
 
-def _remedy(spec: IndexSpec, path: Path) -> str:
-    """What makes this file good again. Ordered so that each works with the ones before it done."""
-    if path.name == spec.live_file:
-        return (
-            f"`muse deploy {spec.name} --replace-damaged` puts the newest snapshot live, "
-            f"`muse rollback {spec.name}` the newest backup."
-        )
-    if path.name == spec.fallback_file:
-        return f"`muse deploy {spec.name}` writes {path.name} anew."
-    if path.name == spec.cluster_file:
-        return f"`muse run --rebuild --index {spec.name}` trains it anew and builds in full."
-    return f"move {path} away; `muse run --index {spec.name}` builds a new snapshot where today's is missing."
+def findings(settings: Settings, spec: IndexSpec) -> list[Finding]:
+    """Every file of the index in the server and in the work directory, and its state."""
+    from muse_assets.publishing.verifying import verify as verify_server
+    from muse_assets.snapshots.verifying import verify_work
+
+    server, work = settings.server_directory(), settings.work_directory()
+    return [*verify_server(server, spec), *verify_work(work, spec)]
 
 
 def _first_row(settings: Settings, spec: IndexSpec, song: str) -> int:

@@ -1,6 +1,6 @@
-"""The logs operators tail: `logs/<verb>/<verb>_<YYYYMMDD>.log`, one line an event.
+"""The log of a legacy verb: `logs/<verb>/<verb>_<YYYYMMDD>.log`, one line an event.
 
-Here: where the log of a legacy verb is and what a line looks like. Not here: what it says (`legacy`).
+Here: what a line looks like. Not here: which file (`dated_logs`), or what it says (`legacy`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ def verb_log(settings: Settings) -> Iterator[logging.Logger]:
     The date is Seoul's when the command started, the times are Seoul's. Raises PermanentFailure when
     the file cannot be written.
     """
-    from muse_assets.partitions import SEOUL, seoul_today
+    from muse_assets.dated_logs import dated_log
+    from muse_assets.partitions import SEOUL
 
     context = click.get_current_context()
     verb = context.info_name or ""
-    path = settings.log_dir.expanduser() / verb / f"{verb}_{seoul_today():%Y%m%d}.log"
+    logs = settings.log_dir.expanduser()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = dated_log(logs, verb, datetime.now(SEOUL))
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise PermanentFailure(
-            f"The log {path} cannot be written: {error.strerror}.",
+            f"The log of {verb} in {logs} cannot be written: {error.strerror}.",
             next_step="give this user write access there, or set MUSE_LOG_DIR to a folder that has it.",
         ) from error
     line = logging.Formatter("%(asctime)s %(levelname)s %(message)s")

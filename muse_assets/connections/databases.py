@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_exponential
 
+from muse_assets.connections.authorities import check_authority
 from muse_assets.failures import PassingFailure, PermanentFailure
 
 # MySQL error numbers that the same statement will meet again.
@@ -30,6 +32,17 @@ _PERMANENT_MYSQL_ERRORS = {
     1143: "grant this user SELECT on the column",
     1146: "create the table, or correct its name in the catalog",
 }
+# The server offers no TLS though the URL asks for it.
+_NO_TLS = 2026
+# Of an ALTER or TRUNCATE under a read: the same statement succeeds when that is done.
+_DDL_MYSQL_ERRORS = {1205, 1412}
+_TIMEOUTS = {"connect_timeout": 10, "read_timeout": 120, "write_timeout": 120}
+# A black hole is met twice (240 s of read time-outs), not as often as a cut connection, which shows at once.
+_GIVE_UP_SECONDS = 150
+
+_TLS_PARAMETERS = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_key_password")
+
+T = TypeVar("T")
 
 
 @lru_cache(maxsize=8)
@@ -38,22 +51,24 @@ def engine_for(url: str) -> Engine:
 
     MySQL and MariaDB: utf8mb4, Seoul session time (TIMESTAMP columns compare as the catalog's days do),
     `net_write_timeout` of 600 s so that a slow consumer is not cut off, a read time-out of 120 s so that
-    a dead server is noticed. With `ssl_ca` the certificate and the host name are verified: PyMySQL alone
-    accepts a wrong CA. Raises PermanentFailure for a URL that SQLAlchemy cannot read.
+    a dead server is noticed; `?read_timeout=` and its like in the URL win. With `ssl_ca` the certificate
+    and the host name are verified: PyMySQL alone accepts a wrong CA. Raises
+    PermanentFailure for a URL that SQLAlchemy cannot read.
     """
     try:
         parsed = make_url(url)
         arguments: dict[str, Any] = {}
         if parsed.get_backend_name() in ("mysql", "mariadb") and parsed.get_driver_name() == "pymysql":
-            arguments = {
-                "connect_timeout": 10,
-                "read_timeout": 120,
-                "write_timeout": 120,
+            arguments = {name: seconds for name, seconds in _TIMEOUTS.items() if name not in parsed.query}
+            arguments |= {
                 "init_command": "SET SESSION net_write_timeout=600, time_zone='+09:00'",
             }
             query = {"charset": "utf8mb4", **parsed.query}
             if "ssl_ca" in query:
-                query |= {"ssl_verify_cert": "true", "ssl_verify_identity": "true"}
+                check_authority(str(query["ssl_ca"]), "ssl_ca")
+                arguments |= {"ssl_verify_cert": True, "ssl_verify_identity": True}
+                # Past SQLAlchemy, which puts them into a dict that PyMySQL drops beside ssl_verify_*.
+                arguments |= {name: query.pop(name) for name in _TLS_PARAMETERS if name in query}
             parsed = parsed.set(query=query)
         elif parsed.get_backend_name() == "sqlite":
             arguments = {"timeout": 60}
@@ -99,7 +114,7 @@ def explained(engine: Engine, doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, engine.dialect.loaded_dbapi.Error) as error:  # some come raw from the driver
         cause = getattr(error, "orig", None) or error
         number = cause.args[0] if cause.args and isinstance(cause.args[0], int) else None
         text = " ".join(str(part) for part in cause.args) or type(cause).__name__
@@ -108,10 +123,20 @@ def explained(engine: Engine, doing: str) -> Iterator[None]:
         what = f"{describe_url(engine)}, while {doing}: {text}."
         if number in _PERMANENT_MYSQL_ERRORS:
             raise PermanentFailure(what, next_step=f"{_PERMANENT_MYSQL_ERRORS[number]}.") from None
+        if number == _NO_TLS or "CERTIFICATE_VERIFY_FAILED" in text:
+            raise PermanentFailure(
+                what,
+                next_step="name the CA that signed its certificate (?ssl_ca=/path/ca.pem) and a host that it "
+                "is for in the URL variable, and turn TLS on at that server; nothing was sent unencrypted.",
+            ) from None
         if "no such table" in text or "no such column" in text:
             raise PermanentFailure(
                 what,
                 next_step="create it, or correct the name in the catalog; `muse sample` writes a sample.",
+            ) from None
+        if number in _DDL_MYSQL_ERRORS:
+            raise PassingFailure(
+                what, next_step="wait until nobody alters or locks the table, then launch the run again."
             ) from None
         raise PassingFailure(
             what, next_step="check that the database is up and reachable, then launch the run again."
@@ -123,3 +148,23 @@ def connected(engine: Engine, doing: str) -> Iterator[Connection]:
     """A connection for reading or writing; its errors are `explained`. Nothing is committed by itself."""
     with explained(engine, doing), engine.connect() as connection:
         yield connection
+
+
+def read(engine: Engine, doing: str, query: Callable[[Connection], T], *, tries: int = 2) -> T:
+    """What `query` reads on a connection, which is then given back; lost ones are replaced `tries - 1` times.
+
+    For reads that are short and can be repeated whole. Bounded: a server that never answers costs two read
+    time-outs, or `tries` of them where the URL sets shorter ones than 75 s.
+    """
+    retrying = Retrying(
+        retry=retry_if_exception_type(PassingFailure),
+        stop=stop_after_attempt(tries) | stop_after_delay(_GIVE_UP_SECONDS),
+        wait=wait_exponential(0.2, max=5),
+        reraise=True,
+    )
+
+    def once() -> T:
+        with connected(engine, doing) as connection:
+            return query(connection)
+
+    return retrying(once)

@@ -14,6 +14,7 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from muse_assets.connections.authorities import check_authority
 from muse_assets.connections.embedded_valkey import embedded_valkey
 from muse_assets.failures import PassingFailure, PermanentFailure
 
@@ -30,10 +31,21 @@ _REFUSALS: dict[type[redis.RedisError], tuple[str, str]] = {
     redis.OutOfMemoryError: ("its memory is used up (maxmemory)", "raise maxmemory or free memory there"),
     redis.TimeoutError: (
         f"no answer within {_CONNECT_SECONDS} s of connecting or {_REPLY_SECONDS} s of a command",
-        "check its load and the network",
+        "check its load, the network, and for rediss:// that this port speaks TLS",
     ),
-    # Last: several of the above are connection errors to redis-py.
-    redis.ConnectionError: ("it is down or out of reach", "start it, or check the URL and the network"),
+}
+# Refusals that redis-py has no type for, by a word of the server's.
+_REFUSED_WORDS: dict[str, tuple[str, str]] = {
+    "MISCONF": ("it refuses writes because it cannot save to its disk", "free space on that server's disk"),
+    "NOREPLICAS": (
+        "it refuses writes because too few replicas follow it (min-replicas-to-write)",
+        "restore its replicas",
+    ),
+    "BUSY": ("it is busy with a long script", "end that with SCRIPT KILL there, or wait"),
+    "max number of clients": (
+        "it takes no more clients (maxclients)",
+        "end idle clients or raise maxclients",
+    ),
 }
 
 
@@ -41,10 +53,10 @@ def connect(url: str) -> redis.Redis:
     """A client for a redis://, rediss:// or unix:// URL, replies as bytes; connects at the first command.
 
     Send idempotent commands only: a lost connection is retried 3 times, so one may run twice. Raises
-    PermanentFailure for a URL that redis-py cannot read.
+    PermanentFailure for a URL that redis-py cannot read, and for a CA file (?ssl_ca_certs=) that is none.
     """
     try:
-        return redis.Redis.from_url(
+        client = redis.Redis.from_url(
             url,
             socket_connect_timeout=_CONNECT_SECONDS,
             socket_timeout=_REPLY_SECONDS,
@@ -55,6 +67,9 @@ def connect(url: str) -> redis.Redis:
             f"The Redis URL cannot be used ({type(error).__name__}).",
             next_step="give a URL such as redis://user:password@host:6379/0 in MUSE_REDIS_URL.",
         ) from None
+    if authority := client.connection_pool.connection_kwargs.get("ssl_ca_certs"):
+        check_authority(authority, "ssl_ca_certs")
+    return client
 
 
 @contextlib.contextmanager
@@ -105,17 +120,23 @@ def _failure(client: redis.Redis, doing: str, error: redis.RedisError) -> Passin
             next_step="correct user and password in MUSE_REDIS_URL; the user needs "
             "+ping +info +get +mget +set +multi +exec on playlist_*.",
         )
-    for kind, (reason, remedy) in _REFUSALS.items():
-        if isinstance(error, kind):
-            return PassingFailure(f"{where}: {reason}.", next_step=f"{remedy}, then launch the run again.")
     text = " ".join(str(error).split())[:300]
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return PermanentFailure(
+            f"{where}: its TLS certificate was refused ({text.rpartition(': ')[2]}).",
+            next_step="name the CA that signed it (?ssl_ca_certs=/path/ca.pem) and a host that it is for in "
+            "MUSE_REDIS_URL.",
+        )
+    known = [found for kind, found in _REFUSALS.items() if isinstance(error, kind)]
+    known += [found for word, found in _REFUSED_WORDS.items() if word in text]
+    # Last: several of the above are connection errors to redis-py.
+    if isinstance(error, redis.ConnectionError):
+        known.append(("it is down or out of reach", "start it, or check the URL and the network"))
+    if known:
+        reason, remedy = known[0]
+        return PassingFailure(f"{where}: {reason}.", next_step=f"{remedy}, then launch the run again.")
     if password := client.connection_pool.connection_kwargs.get("password"):
         text = text.replace(str(password), "***")
-    if "MISCONF" in text:
-        return PassingFailure(
-            f"{where}: it refuses writes because it cannot save to its disk.",
-            next_step="free space on that server's disk, then launch the run again.",
-        )
     return PermanentFailure(
         f"{where}: {type(error).__name__}: {text}.", next_step="check that the URL names a Redis server."
     )

@@ -9,6 +9,7 @@ covers whole buckets and is one statement, so InnoDB reads each bucket in one co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,12 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, bindparam, inspect, text
+from sqlalchemy.exc import DBAPIError
 
 from muse_assets.catalog import IndexSpec, checked_identifier
 from muse_assets.failures import PermanentFailure
 
 Payload = bytes | str | None
 _ROWS_A_QUERY = 1000
+_DENIED_MYSQL_ERRORS = (1142, 1143)
+_AUTO_INCREMENT = re.compile(r"\bAUTO_INCREMENT=(\d+)")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def freeze(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN")  # its driver begins a transaction for writes alone
     elif connection.dialect.name in ("mysql", "mariadb", "postgresql"):
-        connection.execution_options(isolation_level="REPEATABLE READ")
+        # Not by execution_options: its errors come raw from the driver, and it costs a second statement.
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 
 def quoted(connection: Connection, name: str) -> str:
@@ -79,14 +84,52 @@ def table_columns(connection: Connection, spec: IndexSpec) -> dict[str, str]:
             f"{spec.name}: table {spec.table} does not exist in {connection.engine.url.database}.",
             next_step="restore it, or correct `table` in the catalog.",
         )
-    columns = {column["name"]: str(column["type"]) for column in inspector.get_columns(spec.table)}
+    if connection.dialect.name in ("mysql", "mariadb"):
+        # SQLAlchemy's own way is SHOW CREATE TABLE, which a grant of columns alone refuses.
+        described = connection.execute(text(f"SHOW COLUMNS FROM {quoted(connection, spec.table)}")).all()
+        columns = {str(row[0]): str(row[1]).upper() for row in described}
+    else:
+        columns = {column["name"]: str(column["type"]) for column in inspector.get_columns(spec.table)}
     missing = [name for name in ("idx", spec.embedding_column, *spec.song_key) if name not in columns]
     if missing:
         raise PermanentFailure(
             f"{spec.name}: table {spec.table} has no column {', '.join(missing)}.",
-            next_step=f"correct the catalog; the table has {', '.join(columns)}.",
+            next_step="correct the catalog, or grant this user SELECT on it; the table shows "
+            f"{', '.join(columns)}.",
         )
     return columns
+
+
+def next_auto_increment(connection: Connection, spec: IndexSpec) -> int | None:
+    """The idx that the server would give the next row: every idx it ever had is below. None if unknown.
+
+    MySQL and MariaDB only. SHOW CREATE TABLE is asked, for MySQL 8 caches that of information_schema for a
+    day. A user with SELECT on columns alone may not ask it, and MariaDB's information_schema answers them.
+    MySQL 5.7 forgets deleted idx at a restart.
+    """
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        return None
+    try:
+        shown = connection.execute(text(f"SHOW CREATE TABLE {quoted(connection, spec.table)}")).one()[1]
+    except DBAPIError as error:
+        if not error.orig or error.orig.args[0] not in _DENIED_MYSQL_ERRORS:
+            raise
+        return _shown_in_schema(connection, spec)
+    if found := _AUTO_INCREMENT.search(shown):
+        return int(found[1])
+    # Of a table that was never written or was truncated the clause is left out.
+    return 1 if " AUTO_INCREMENT" in shown else None
+
+
+def _shown_in_schema(connection: Connection, spec: IndexSpec) -> int | None:
+    if not getattr(connection.dialect, "is_mariadb", False):
+        return None
+    query = text(
+        "SELECT auto_increment FROM information_schema.tables "
+        "WHERE table_schema = DATABASE() AND table_name = :name"
+    )
+    found = connection.execute(query, {"name": spec.table}).scalar()
+    return None if found is None else int(found)
 
 
 def table_extent(connection: Connection, spec: IndexSpec, before: datetime | None) -> Extent:
@@ -189,5 +232,11 @@ def join_pages(found: Iterable[Page]) -> Page:
 
 def _page(rows: Sequence[Any]) -> Page:
     idx = np.fromiter((row[0] for row in rows), np.int64, len(rows))
-    # Some drivers hand out memoryview or bytearray for binary columns.
-    return Page(idx, [v if isinstance(v, bytes | str | None) else bytes(v) for _, v in rows])
+    return Page(idx, [_stored(value) for _, value in rows])
+
+
+def _stored(value: Any) -> Payload:
+    """As bytes or text, whatever the driver hands out; bytes(5) of a numeric column would be five zeros."""
+    if isinstance(value, bytes | str | None):
+        return value
+    return bytes(value) if isinstance(value, bytearray | memoryview) else str(value)

@@ -75,9 +75,34 @@ def keep(spec: IndexSpec, server: Path, path: Path, sha256: str, *, damaged: boo
     return target
 
 
+def release(spec: IndexSpec, server: Path, path: Path) -> None:
+    """Remove the names among the backups that are links to `path`; its bytes stay."""
+    links = [kept for kept, *_ in _entries(spec, server) if kept.exists() and kept.samefile(path)]
+    for kept in links:
+        kept.unlink()
+    if links:
+        fsync_directory(backup_folder(server, spec.name))
+
+
 def is_intact(backup: Backup) -> bool:
     """Whether the backup's bytes are those of its manifest."""
     return backup.manifest is not None and file_sha256(backup.path) == backup.manifest.sha256
+
+
+def set_aside_damaged(spec: IndexSpec, server: Path) -> list[Path]:
+    """Give backups whose bytes are not those of their manifest a name that no rollback takes; return those.
+
+    Call it under the index's lock. They are pruned with age, as every damaged file that is kept aside.
+    """
+    aside = []
+    for backup in backups(spec, server):
+        if backup.manifest is None or not is_intact(backup):
+            path = backup.path.with_name(f"{backup.replaced_at:{_TIME}}_damaged_{backup.sha12}")
+            backup.path.rename(path)
+            aside.append(path)
+    if aside:
+        fsync_directory(backup_folder(server, spec.name))
+    return aside
 
 
 def prune(spec: IndexSpec, server: Path, live_sha256: str, retention: Retention) -> None:
@@ -115,7 +140,7 @@ def _fallback_content(spec: IndexSpec, server: Path) -> set[str]:
     fallback = server / spec.fallback_file
     try:
         # Nearly always a link to a backup, which spares reading gigabytes.
-        if any(path.samefile(fallback) for path, *_ in _entries(spec, server)):
+        if any(path.samefile(fallback) for path, *_, damaged in _entries(spec, server) if not damaged):
             return set()
         return {file_sha256(fallback)[:12]}
     except FileNotFoundError:

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muse_assets.catalog import IndexSpec
-from muse_assets.durable_files import Staged, commit, copy_into, discard, file_sha256, hold, link, stage
+from muse_assets.durable_files import (
+    Staged,
+    commit,
+    copy_into,
+    discard,
+    file_sha256,
+    fsync_directory,
+    hold,
+    link,
+    stage,
+)
 from muse_assets.failures import Conflict, MuseError, PassingFailure, PermanentFailure
 from muse_assets.manifest import Manifest, identify, manifest_path, read_manifest, write_manifest
 from muse_assets.publishing.backups import (
@@ -22,6 +32,8 @@ from muse_assets.publishing.backups import (
     is_intact,
     keep,
     prune,
+    release,
+    set_aside_damaged,
 )
 from muse_assets.publishing.contract import violations
 from muse_assets.publishing.layout import make_folders, working_on
@@ -79,6 +91,7 @@ def deploy(
         )
     with working_on(spec, server):
         live = live_file(server, spec)
+        _separate(spec, server, live)
         if live is not None and live.sha256 == manifest.sha256:
             return _stay(spec, manifest, server, live, started)
         found = violations(spec, manifest, live, confirm_size=confirm_size, confirm_shrink=confirm_shrink)
@@ -110,6 +123,7 @@ def rollback(
     started = time.monotonic()
     with working_on(spec, server, wait_seconds=lock_wait_seconds):
         live = live_file(server, spec)
+        _separate(spec, server, live)
         if replacing is not None and (live is None or live.sha256 != replacing):
             raise Conflict(
                 f"Index {spec.name}: {server / spec.live_file} is no longer {replacing[:12]}, which was to be"
@@ -127,6 +141,20 @@ def rollback(
                 error.what,
                 next_step="check that disk, and look at what is live before launching the rollback again.",
             ) from error
+
+
+def _separate(spec: IndexSpec, server: Path, live: LiveFile | None) -> None:
+    """Leave the live file's inode no further name here.
+
+    A deploy killed between its backup and its rename leaves the backup, and perhaps the fallback, as links
+    to the file that stays live: an operator's cp over that one would change all of them.
+    """
+    if live is None:
+        return
+    release(spec, server, live.path)
+    fallback = server / spec.fallback_file
+    if fallback.exists() and fallback.samefile(live.path):
+        _ensure_fallback(spec, server, live.path)
 
 
 def _check_candidate(
@@ -170,8 +198,10 @@ def _stay(spec: IndexSpec, manifest: Manifest, server: Path, live: LiveFile, sta
     make_folders(server, spec.name)
     partition = _record(server, manifest).partition
     _ensure_fallback(spec, server, live.path)
+    fsync_directory(server)  # what an Unconfirmed or killed deploy did not come to
+    warning = _clean_up(spec, server, live.sha256, None)
     seconds = time.monotonic() - started
-    return Deployment(spec.name, live.sha256, partition, live.sha256, None, True, seconds, live.size)
+    return Deployment(spec.name, live.sha256, partition, live.sha256, None, True, seconds, live.size, warning)
 
 
 def _publish(
@@ -235,6 +265,9 @@ def _publish(
                 f"Index {spec.name}: {target} was renamed into place but could not be confirmed on disk.",
                 next_step="check that disk and launch the run again; it reads the file back and decides.",
             ) from error
+    warning = _clean_up(spec, server, staged.sha256, before)
+    if kept is not None and live is not None and not live.damaged:
+        warning = _check_kept(spec, server, kept, live.sha256) or warning
     return Deployment(
         index=spec.name,
         sha256=staged.sha256,
@@ -244,7 +277,7 @@ def _publish(
         already_live=False,
         seconds=time.monotonic() - started,
         size=staged.size,
-        warning=_clean_up(spec, server, staged.sha256, before),
+        warning=warning,
     )
 
 
@@ -269,6 +302,26 @@ def _clean_up(spec: IndexSpec, server: Path, sha256: str, before: Path | None) -
             f" tries again): {error}"
         )
     return None
+
+
+def _check_kept(spec: IndexSpec, server: Path, kept: Path, sha256: str) -> str | None:
+    """Set a backup aside that is not what was replaced; what happened, in words, or None.
+
+    A cp over the live file that began before the rename goes on in the inode that is the backup now, and
+    perhaps the fallback: 64 of 300 such copies did.
+    """
+    published = f"{server / spec.live_file} is published, but"
+    try:
+        if file_sha256(kept) == sha256:
+            return None
+        set_aside_damaged(spec, server)
+        _ensure_fallback(spec, server, server / spec.live_file)
+    except (OSError, MuseError) as error:
+        return f"{published} its backup {kept} could not be checked: {error}"
+    return (
+        f"{published} someone else wrote into the replaced file meanwhile, so its backup is set aside as"
+        " damaged. Find out who writes there."
+    )
 
 
 def _put_back(before: Path | None, fallback: Path) -> None:
@@ -311,17 +364,18 @@ def _content(path: Path) -> str | None:
 
 
 def _ensure_fallback(spec: IndexSpec, server: Path, content: Path) -> None:
-    """Leave a known fallback as it is; else the newest intact backup, else a copy of `content`.
+    """Leave a known fallback as it is unless it is `content` itself; else the newest intact backup, else a
+    copy of `content`.
 
     A copy and not a link: one overwritten inode would take the server's second chance with the first.
     """
     fallback = server / spec.fallback_file
-    if identify(server, spec.name, fallback) is not None:
-        return
-    if (sha256 := _content(fallback)) is not None:
+    sha256 = _content(fallback)
+    if sha256 is not None and not fallback.samefile(content):
+        if read_manifest(server, spec.name, sha256) is not None:
+            return
         keep(spec, server, fallback, sha256, damaged=True)
     for backup in backups(spec, server):
-        # A deploy killed before its rename leaves a backup that is a link to the live file.
         if is_intact(backup) and not backup.path.samefile(content):
             link(backup.path, fallback)
             return

@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from muse_assets import durable_files
 from muse_assets.catalog import IndexSpec
-from muse_assets.durable_files import fsync_directory, locked, sweep
-from muse_assets.failures import PassingFailure, PermanentFailure
+from muse_assets.durable_files import locked, make_directory, sweep
+from muse_assets.failures import PermanentFailure
 
 
 def manifest_folder(server: Path, index: str) -> Path:
@@ -40,8 +42,7 @@ def loaded_file(server: Path) -> Path:
 def make_folders(server: Path, index: str) -> None:
     """Create the index's folders; their names survive a power cut."""
     for folder in (manifest_folder(server, index), backup_folder(server, index)):
-        folder.mkdir(parents=True, exist_ok=True)
-        fsync_directory(folder.parent)
+        make_directory(folder)
 
 
 @contextlib.contextmanager
@@ -63,9 +64,12 @@ def working_on(spec: IndexSpec, server: Path, *, wait_seconds: float = 0.0) -> I
 
 def check_directory(server: Path) -> None:
     """Raise PermanentFailure unless `server` is a directory this process may write in."""
-    if not server.is_dir():
+    with explained("The server directory", server):
+        found = "is not a directory" if server.exists() else "does not exist"
+        is_directory = server.is_dir()
+    if not is_directory:
         raise PermanentFailure(
-            f"The server directory {server} does not exist.",
+            f"The server directory {server} {found}.",
             next_step="mount or create it, or correct MUSE_SERVER_DIR; nothing was created or changed.",
         )
     if not os.access(server, os.R_OK | os.W_OK | os.X_OK):
@@ -75,14 +79,6 @@ def check_directory(server: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def explained(subject: str, server: Path) -> Iterator[None]:
+def explained(subject: str, server: Path) -> AbstractContextManager[None]:
     """Turn an OSError from before a rename into a failure that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise PassingFailure(
-            f"{subject}: {error.strerror or error} at {error.filename or server}; the live file was not"
-            " replaced.",
-            next_step=f"check the disk of {server} and its permissions, then launch the run again.",
-        ) from error
+    return durable_files.explained(subject, server, "the live file was not replaced")

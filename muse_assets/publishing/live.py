@@ -40,17 +40,18 @@ class LiveFile:
 
 
 def live_file(server: Path, spec: IndexSpec) -> LiveFile | None:
-    """The index's live file, hashed; None if there is none. PassingFailure if it cannot be read."""
+    """The index's live file, hashed; None if there is none. PassingFailure if the disk fails."""
     path = server / spec.live_file
     with explained(f"Index {spec.name}", server):
         try:
             sha256, size = file_sha256(path), path.stat().st_size
         except FileNotFoundError:
             return None
-    manifest = read_manifest(server, spec.name, sha256)
-    if manifest is None and not any(manifest_folder(server, spec.name).glob("*.json")):
-        manifest = _adopted(spec, path, sha256, size)
-    return LiveFile(path, sha256, size, manifest)
+        manifest = read_manifest(server, spec.name, sha256)
+        if manifest is None and not any(manifest_folder(server, spec.name).glob("*.json")):
+            manifest = _adopted(spec, path, sha256, size)
+    # Of the bytes that were hashed: the file may have been truncated by someone's cp since.
+    return LiveFile(path, sha256, manifest.size if manifest else size, manifest)
 
 
 def _adopted(spec: IndexSpec, path: Path, sha256: str, size: int) -> Manifest | None:

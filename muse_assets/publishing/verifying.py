@@ -11,6 +11,7 @@ from typing import Literal
 
 from muse_assets.catalog import IndexSpec
 from muse_assets.durable_files import file_sha256
+from muse_assets.failures import PassingFailure
 from muse_assets.manifest import manifest_path, read_manifest
 from muse_assets.publishing.layout import backup_folder, manifest_folder
 
@@ -50,7 +51,11 @@ def _check(directory: Path, spec: IndexSpec, path: Path) -> Finding:
         sha256 = file_sha256(path)
     except OSError as error:
         return Finding(path, "damaged", f"it cannot be read: {error.strerror}")
-    manifest = read_manifest(directory, spec.name, sha256)
+    try:
+        manifest = read_manifest(directory, spec.name, sha256)
+    except PassingFailure:
+        facts = manifest_path(directory, spec.name, sha256)
+        return Finding(path, "unknown", f"its manifest {facts} cannot be read")
     if manifest is not None:
         return Finding(path, "ok", f"{manifest.partition}, {manifest.rows:,} rows, content {sha256[:12]}")
     return Finding(path, *_suspicion(directory, spec, path, sha256))
@@ -62,7 +67,7 @@ def _suspicion(
     """Why there may be no manifest of a file with that content."""
     facts = manifest_path(directory, spec.name, sha256)
     if facts.exists():
-        return "unknown", f"its manifest {facts} cannot be read"
+        return "damaged", f"its manifest {facts} is damaged"
     if path.parent == backup_folder(directory, spec.name):
         promised = path.stem.rpartition("_")[2]
         if sha256.startswith(promised):

@@ -7,23 +7,25 @@ Here: the order of the steps and the facts they leave. Not here: each step's wor
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from muse_assets import durable_files
 from muse_assets.catalog import IndexSpec
-from muse_assets.connections.databases import connected
+from muse_assets.connections.databases import read
 from muse_assets.durable_files import Staged
 from muse_assets.embeddings.decoding import Reason, decode
 from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets, read_digests
-from muse_assets.embeddings.reading import Bounds, join_pages, rows_by_idx
+from muse_assets.embeddings.reading import Bounds, Page, join_pages, rows_by_idx
 from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import list_ids, list_sizes, trained_fingerprint
 from muse_assets.ivfpq.encoding import encoder_name
@@ -53,7 +55,9 @@ from muse_assets.snapshots.sync import (
     Synced,
     TableState,
     read_table_state,
+    require_forward,
     require_plausible,
+    require_still_there,
     synchronize,
 )
 
@@ -146,17 +150,26 @@ def build_snapshot(
     MuseError when it could not be made; then the day's previous file, if any, is untouched.
     """
     build = _Build(engine, spec, work, day, on_progress, time.monotonic())
-    with durable_files.locked(lock_file(work, spec)):
+    unharmed = f"no snapshot of {day} was written"
+    with (
+        durable_files.explained(f"Index {spec.name}", work, unharmed),
+        durable_files.locked(lock_file(work, spec)),
+    ):
         cluster = load_cluster(cluster_path or work / spec.cluster_file, spec)
         sweep(work, spec)
         on_progress("digesting the table", 0, 0)
         midnight = datetime.combine(day + timedelta(days=1), datetime.min.time())
         table = read_table_state(engine, spec, midnight)
-        parent = None if full else _find_parent(build, cluster)
+        found = snapshots(work, spec, until=day)
+        previous = next(found, None)
+        if previous and previous.manifest.source.split(".")[0] == spec.table:
+            newest = previous.manifest.newest_idx
+            require_forward(engine, spec, table, newest, confirm_shrink=confirm_shrink)
+        earlier = chain([previous] if previous else [], found)
+        parent = None if full else _find_parent(build, cluster, earlier)
         same_rows = parent and not len(changed_buckets(parent.state.digests, table.digests))
         if parent and same_rows and parent.snapshot.manifest.gate == gate_of(spec):
             return _unchanged(build, parent, table)
-        previous = next(snapshots(work, spec, until=day), None)
         index = read_index(parent.snapshot.path) if parent else cluster.index
         synced = synchronize(engine, spec, index, parent.state if parent else None, table, on_progress)
         previous_rows = previous.manifest.rows if previous else 0
@@ -180,9 +193,9 @@ def gate_of(spec: IndexSpec) -> str:
     )
 
 
-def _find_parent(build: _Build, cluster: Cluster) -> _Parent | None:
+def _find_parent(build: _Build, cluster: Cluster, earlier: Iterable[Snapshot]) -> _Parent | None:
     wanted = (cluster.fingerprint, encoder_name(), source_of(build.spec))
-    for snapshot in snapshots(build.work, build.spec, until=build.day):
+    for snapshot in earlier:
         found = snapshot.manifest
         if (found.cluster, found.encoder, found.source) == wanted:
             state = read_state(build.work, build.spec.name, found.sha256)
@@ -271,8 +284,13 @@ def _sample_rows(build: _Build, synced: Synced) -> _RowSample:
     spec, random = build.spec, np.random.default_rng(_SAMPLE_SEED)
     count = min(_SAMPLED_ROWS, len(synced.expected_ids))
     wanted = np.sort(random.choice(synced.expected_ids, count, replace=False)) - spec.id_offset
-    with connected(build.engine, f"sampling {spec.table} to check {spec.name}") as connection:
-        page = join_pages(rows_by_idx(connection, spec, wanted))
+
+    def rows(connection: Connection) -> Page:
+        return join_pages(rows_by_idx(connection, spec, wanted))
+
+    page = read(build.engine, f"sampling {spec.table} to check {spec.name}", rows)
+    # A gate that measures next to nothing passes everything: recall 1.0 after a TRUNCATE.
+    require_still_there(spec, count, len(page.idx))
     decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
     good = decoded.reasons == Reason.OK
     ids, vectors = page.idx[good] + spec.id_offset, decoded.vectors[good]
@@ -288,8 +306,11 @@ def _reencode(build: _Build, index: Any, sample: _RowSample, synced: Synced) -> 
         # A writer may have changed a row after it was indexed: that is the next run's, not a fault.
         buckets = np.unique((wrong - spec.id_offset) // BUCKET_ROWS)
         bounds = [Bounds(int(b) * BUCKET_ROWS, int(b + 1) * BUCKET_ROWS - 1) for b in buckets]
-        with connected(build.engine, f"digesting {spec.table} for {spec.name}") as connection:
-            now = read_digests(connection, spec, bounds)
+        now = read(
+            build.engine,
+            f"digesting {spec.table} for {spec.name}",
+            lambda connection: read_digests(connection, spec, bounds),
+        )
         moved = changed_buckets(synced.state.digests.select(buckets), now)
         wrong = wrong[~np.isin((wrong - spec.id_offset) // BUCKET_ROWS, moved)]
     return gate.check_reencoding(wrong, len(ids))

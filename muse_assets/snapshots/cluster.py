@@ -5,7 +5,8 @@ Here: `muse_<index>_cluster.index` and its facts. Not here: k-means itself (`ivf
 
 from __future__ import annotations
 
-import json
+import contextlib
+import re
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,9 +26,11 @@ from muse_assets.ivfpq.contents import trained_fingerprint
 from muse_assets.ivfpq.files import read_index, write_index
 from muse_assets.ivfpq.training import choose_nlist, train, training_rows
 from muse_assets.manifest import read_manifest
+from muse_assets.sealed_json import read_sealed, write_sealed
 from muse_assets.snapshots.progress import Progress, silent
 
 SEED = 20241128
+_DATED_NAME = re.compile(r"_\d{8}\.index$")
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,10 @@ def train_cluster(
 
     nlist = min(choose_nlist(sample.table_rows, spec.nlist), spec.nlist or len(sample.vectors))
     trained = train(sample.vectors, nlist=nlist, m=spec.m, nbits=spec.nbits, seed=seed, on_stage=on_stage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with durable_files.locked(_lock_file(path, spec)):
+    with (
+        durable_files.explained(f"Index {spec.name}", path.parent, f"{path} was not replaced"),
+        durable_files.locked(_lock_file(path, spec)),
+    ):
         durable_files.sweep(path)
         durable_files.sweep(_manifest_path(path, spec, "?" * 64))  # of whatever hash
         staged = durable_files.stage(path, partial(write_index, trained.index))
@@ -115,9 +120,9 @@ def train_cluster(
             rejected=sample.rejected,
             seconds=round(time.monotonic() - start, 2),
         )
-        facts = _manifest_path(path, spec, staged.sha256)
-        durable_files.write_text(facts, json.dumps(asdict(manifest), indent=1) + "\n")
+        write_sealed(_manifest_path(path, spec, staged.sha256), asdict(manifest))
         durable_files.commit(staged)
+        _forget_replaced(path, spec)
     return manifest
 
 
@@ -133,10 +138,11 @@ def load_cluster(path: Path, spec: IndexSpec) -> Cluster:
             f"{spec.name} has no trained cluster: {path} does not exist.", next_step=remedy
         )
     sha256 = durable_files.file_sha256(path)
-    known = _manifest_path(path, spec, sha256).exists() or read_manifest(path.parent, spec.name, sha256)
-    if not known:
+    facts = read_sealed(_manifest_path(path, spec, sha256)) or read_manifest(path.parent, spec.name, sha256)
+    if not facts:
         raise PermanentFailure(
-            f"{spec.name}: {path} is damaged or was not written by this system: its hash has no facts.",
+            f"{spec.name}: {path} is damaged or was not written by this system: no intact facts are of its"
+            f" content {sha256[:12]}.",
             next_step=remedy,
         )
     index = read_index(path)
@@ -152,8 +158,43 @@ def load_cluster(path: Path, spec: IndexSpec) -> Cluster:
     return Cluster(index, trained_fingerprint(index), path)
 
 
+def restore_cluster(snapshot: Path, path: Path, spec: IndexSpec) -> bool:
+    """Write the cluster file anew from an intact index that was filled from it, to the same bytes.
+
+    Returns False, and writes nothing, when no intact facts are of those bytes: then only training helps.
+    """
+    index = read_index(snapshot)
+    index.reset()
+    index.nprobe = 1
+    with durable_files.locked(_lock_file(path, spec)):
+        staged = durable_files.stage(path, partial(write_index, index))
+        if read_sealed(_manifest_path(path, spec, staged.sha256)) is None:
+            durable_files.discard(staged)
+            return False
+        durable_files.commit(staged)
+    return True
+
+
 def _manifest_path(path: Path, spec: IndexSpec, sha256: str) -> Path:
     return path.parent / ".manifests" / spec.name / f"{sha256}.cluster.json"
+
+
+def _forget_replaced(path: Path, spec: IndexSpec) -> None:
+    """Remove the facts of clusters that no file beside `path` is any more; a cluster may have any name.
+
+    Without this every retrain leaves a file for ever. What fails here is done at the next training.
+    """
+    facts = _manifest_path(path, spec, "?" * 64)
+    with contextlib.suppress(OSError):
+        files = [
+            file
+            for file in path.parent.glob("[!.]*")
+            if file.is_file() and not _DATED_NAME.search(file.name)  # snapshots may be gigabytes
+        ]
+        present = {durable_files.file_sha256(file) for file in files}
+        for known in facts.parent.glob(facts.name):
+            if known.name.split(".")[0] not in present:
+                known.unlink()
 
 
 def _lock_file(path: Path, spec: IndexSpec) -> Path:

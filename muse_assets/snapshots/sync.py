@@ -13,15 +13,15 @@ import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Engine
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from sqlalchemy import Connection, Engine
 
 from muse_assets.catalog import IndexSpec
-from muse_assets.connections.databases import connected
+from muse_assets.connections.databases import read
 from muse_assets.embeddings.decoding import Reason, decode
 from muse_assets.embeddings.digests import (
     BUCKET_ROWS,
@@ -30,7 +30,14 @@ from muse_assets.embeddings.digests import (
     digest_rows,
     read_digests,
 )
-from muse_assets.embeddings.reading import Bounds, Page, freeze, read_ranges, table_extent
+from muse_assets.embeddings.reading import (
+    Bounds,
+    Page,
+    freeze,
+    next_auto_increment,
+    read_ranges,
+    table_extent,
+)
 from muse_assets.failures import PassingFailure, PermanentFailure
 from muse_assets.ivfpq.contents import list_ids, read_contents, remove_ids, sort_lists
 from muse_assets.ivfpq.encoding import fill
@@ -39,6 +46,8 @@ from muse_assets.snapshots.store import RowState, no_rows
 
 _PAGE_ROWS = 4096
 _RANGES_A_PAGE = 100
+# A page lost, or a bucket that moved: that page again, not the whole build.
+_PAGE_TRIES = 5
 
 T = TypeVar("T")
 
@@ -68,12 +77,14 @@ def read_table_state(engine: Engine, spec: IndexSpec, before: datetime | None) -
 
     Held longer, its metadata lock would queue an ALTER and everything behind it.
     """
-    with connected(engine, f"digesting {spec.table} for {spec.name}") as connection:
+
+    def state(connection: Connection) -> TableState:
         freeze(connection)
         extent = table_extent(connection, spec, before)
         digests = read_digests(connection, spec, [extent.bounds])
-        connection.rollback()
-    return TableState(digests, extent.newest_idx, extent.columns)
+        return TableState(digests, extent.newest_idx, extent.columns)
+
+    return read(engine, f"digesting {spec.table} for {spec.name}", state)
 
 
 def synchronize(
@@ -88,7 +99,7 @@ def synchronize(
 
     A bucket whose pulled bytes do not digest to what the database said moved meanwhile, or arrived
     short: it is digested again as of the moment of the pull, and pulled again where that differs too.
-    Raises PassingFailure when they never agree.
+    Raises PassingFailure when they never agree, or when the table is emptied while it is read.
     """
     before = parent or no_rows()
     changed = changed_buckets(before.digests, table.digests)
@@ -112,6 +123,7 @@ def synchronize(
     with contextlib.closing(_ahead(pulled.batches(changed))) as batches:
         fill(index, batches, on_rows)
     sort_lists(index)
+    require_still_there(spec, table.digests.total_rows, pulled.digests.total_rows)
 
     valid = np.concatenate([np.empty(0, np.int64), *pulled.valid])
     stays = ~np.isin(before.rejected_idx // BUCKET_ROWS, changed)
@@ -138,7 +150,8 @@ def require_plausible(spec: IndexSpec, synced: Synced, previous_rows: int, *, co
         examples = ", ".join(str(idx) for idx in synced.state.rejected_idx[:5])
         raise PermanentFailure(
             f"{spec.name}: {sum(rejected.values()):,} of {rows:,} rows of {spec.table} cannot be indexed "
-            f"({reasons}; idx {examples}), more than {spec.max_rejected_share:.1%}.",
+            f"({reasons}; column {spec.embedding_column}; idx {examples}), "
+            f"more than {spec.max_rejected_share:.1%}.",
             next_step=f"mend those rows, or raise max_rejected_share of {spec.name} in the catalog.",
         )
     now = len(synced.expected_ids)
@@ -152,6 +165,38 @@ def require_plausible(spec: IndexSpec, synced: Synced, previous_rows: int, *, co
     if not now:
         raise PermanentFailure(
             f"{spec.name}: {spec.table} has no usable rows.", next_step="fill the table, then launch again."
+        )
+
+
+def require_forward(
+    engine: Engine, spec: IndexSpec, table: TableState, known_newest: int, *, confirm_shrink: bool
+) -> None:
+    """Raise PassingFailure when rows up to `known_newest`, which a snapshot held, never were on this server.
+
+    Deleting the newest rows leaves AUTO_INCREMENT above them. A replica that is behind, a TRUNCATE and an
+    older restore do not; a few rows fewer would pass every other check.
+    """
+    if table.newest_idx >= known_newest or confirm_shrink:
+        return
+    doing = f"asking for AUTO_INCREMENT of {spec.table} for {spec.name}"
+    upcoming = read(engine, doing, lambda connection: next_auto_increment(connection, spec))
+    if upcoming is not None and upcoming <= known_newest:
+        raise PassingFailure(
+            f"{spec.name}: {spec.table} went back in time: its newest idx was {known_newest:,}, now it is "
+            f"{table.newest_idx:,} (AUTO_INCREMENT {upcoming:,}).",
+            next_step="if this is a replica that is behind, wait for it or repair it, then launch again; if "
+            "the table was emptied or restored on purpose, launch with confirm_shrink: true in the index's "
+            "config.",
+        )
+
+
+def require_still_there(spec: IndexSpec, digested: int, pulled: int) -> None:
+    """Raise PassingFailure when more rows than may shrink away went while a build read them."""
+    if pulled < digested * (1 - spec.max_shrink_share):
+        raise PassingFailure(
+            f"{spec.name}: {digested - pulled:,} of {digested:,} rows of {spec.table} vanished while they "
+            "were read (TRUNCATE, or a mass deletion).",
+            next_step="find out who empties the table; launch the run again when it stands still.",
         )
 
 
@@ -179,33 +224,25 @@ class _Pulled:
             yield ids, decoded.vectors[good]
 
     def _pull(self, buckets: NDArray[np.int64]) -> Page:
-        # One lost connection, or a bucket that moved: this page again, not the whole build.
-        retrying = Retrying(
-            retry=retry_if_exception_type(PassingFailure),
-            stop=stop_after_attempt(5),
-            wait=wait_exponential(0.2, max=5),
-            reraise=True,
-        )
-        return retrying(self._pull_once, buckets)
-
-    def _pull_once(self, buckets: NDArray[np.int64]) -> Page:
         doing = f"reading {self.spec.table} for {self.spec.name}"
-        with connected(self.engine, doing) as connection:
-            # One view for both: without it, 110 updates/s to a page's rows outran five tries in 3 of 7 runs.
-            freeze(connection)
-            page = read_ranges(connection, self.spec, self._ranges(buckets))
-            found = digest_rows(page.idx, page.payloads)
-            moved = changed_buckets(self.digests.select(buckets), found)
-            if len(moved):
-                fresh = read_digests(connection, self.spec, self._ranges(moved))
-                self.digests = self.digests.replaced(moved, fresh)
-                if len(changed_buckets(self.digests.select(buckets), found)):
-                    raise PassingFailure(
-                        f"{self.spec.name}: rows of {self.spec.table} near idx "
-                        f"{int(moved[0]) * BUCKET_ROWS} arrived otherwise than the database digests them.",
-                        next_step="launch the run again; if it recurs, check that the table is InnoDB and "
-                        "the connection sound.",
-                    )
+        return read(self.engine, doing, partial(self._pull_once, buckets), tries=_PAGE_TRIES)
+
+    def _pull_once(self, buckets: NDArray[np.int64], connection: Connection) -> Page:
+        # One view for both: without it, 110 updates/s to a page's rows outran five tries in 3 of 7 runs.
+        freeze(connection)
+        page = read_ranges(connection, self.spec, self._ranges(buckets))
+        found = digest_rows(page.idx, page.payloads)
+        moved = changed_buckets(self.digests.select(buckets), found)
+        if len(moved):
+            fresh = read_digests(connection, self.spec, self._ranges(moved))
+            self.digests = self.digests.replaced(moved, fresh)
+            if len(changed_buckets(self.digests.select(buckets), found)):
+                raise PassingFailure(
+                    f"{self.spec.name}: rows of {self.spec.table} near idx "
+                    f"{int(moved[0]) * BUCKET_ROWS} arrived otherwise than the database digests them.",
+                    next_step="launch the run again; if it recurs, check that the table is InnoDB and "
+                    "the connection sound.",
+                )
         return page
 
     def _ranges(self, buckets: NDArray[np.int64]) -> list[Bounds]:

@@ -34,6 +34,8 @@ from muse_assets.snapshots.building import Built, build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
 from muse_assets.snapshots.store import state_path
 from muse_assets_tests.embedding_rows import SPEC, Payload, delete_rows, npy, put_rows, table_of, unit_vectors
+from muse_assets_tests.faults.conftest import Times
+from muse_assets_tests.faults.ledger import Injecting, Ledger
 
 DAY_ONE = date(2026, 11, 1)
 VECTORS = unit_vectors(500, dimension=16)
@@ -66,10 +68,11 @@ class History:
 class Law(RuleBasedStateMachine):
     """One index's table, its snapshots, and a full build beside each of them."""
 
-    def __init__(self, engine: Engine, directory: Path, modes: list[str]) -> None:
+    def __init__(self, engine: Engine, directory: Path, modes: list[str], ledger: Ledger) -> None:
         super().__init__()
         number = next(NUMBERS)
-        self.engine, self.modes = engine, modes
+        self.engine, self.modes, self.ledger = engine, modes, ledger
+        ledger.injected += 1
         self.directory = directory / f"law_{number}"
         self.work = self.directory / "work"
         self.spec = replace(
@@ -215,7 +218,8 @@ class Law(RuleBasedStateMachine):
             with pytest.raises(PermanentFailure, match="no usable rows"):
                 self._snapshot(day, self.work)
             return
-        built = self._snapshot(day, self.work)
+        with self.ledger.recovery():
+            built = self._snapshot(day, self.work)
         full = self._snapshot(day, elsewhere, full=True)
         self.modes.append(built.manifest.mode)
         assert sorted(list_ids(read_index(built.path)).tolist()) == valid
@@ -277,7 +281,7 @@ class Law(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("database", ["sqlite", "mariadb"])
 def test_any_history_ends_in_the_file_of_a_full_build(
-    database: str, request: pytest.FixtureRequest, tmp_path: Path
+    database: str, injecting: Injecting, times: Times, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     url = (
         f"sqlite:///{tmp_path / 'e.sqlite'}"
@@ -286,20 +290,24 @@ def test_any_history_ends_in_the_file_of_a_full_build(
     )
     engine = engine_for(url)
     modes: list[str] = []
+    numbers = "13, 14, 15, 16, 17, 22, 23"
+    with injecting(numbers, f"histories on {database}: incremental = full, byte for byte") as ledger:
 
-    def machine() -> Law:
-        return Law(engine, tmp_path, modes)
+        def machine() -> Law:
+            return Law(engine, tmp_path, modes, ledger)
 
-    run_state_machine_as_test(
-        cast(type[Law], machine),  # any callable that gives a machine
-        settings=settings(
-            max_examples=15,
-            stateful_step_count=25,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+        run_state_machine_as_test(
+            cast(type[Law], machine),  # any callable that gives a machine
+            settings=settings(
+                max_examples=times(10, 100),
+                stateful_step_count=25,
+                deadline=None,
+                derandomize=True,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        counts = {mode: modes.count(mode) for mode in ("full", "incremental", "unchanged")}
+        ledger.note = ", ".join(f"{count:,} {mode}" for mode, count in counts.items()) + " builds"
     engine.dispose()
     # The histories led everywhere that a build can go.
-    assert min(modes.count(mode) for mode in ("full", "incremental", "unchanged")) >= 3, modes
+    assert min(counts.values()) >= 3, counts
