@@ -22,7 +22,8 @@ test: $(VENV)/.ready $(SERVER_VENV)/.ready  ## All tests, on SQLite + Valkey and
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.ready  ## Every fault injected many times (about 25 minutes); prints one table
-	$(BIN)/python -m pytest -n 2 --heavy-faults muse_assets_tests/faults $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --heavy-faults $(PYTEST_ARGS) \
+	  muse_assets_tests/faults/test_soak.py muse_assets_tests/faults/test_kills.py muse_assets_tests/faults
 
 lint: $(VENV)/.ready  ## Format, lint, types, and that Dagster loads the definitions
 	$(BIN)/ruff format --check .

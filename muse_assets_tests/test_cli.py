@@ -263,7 +263,18 @@ def test_help_is_quick_and_names_every_command() -> None:
     assert not loaded & {"dagster", "faiss", "numpy", "sqlalchemy", "rich", "pydantic"}
     listed = re.findall(r"^  (\w+) +\S", done.stdout.partition("Commands:")[2], re.MULTILINE)
     legacy = ["train_faiss", "add_faiss", "add_daily_faiss", "info_faiss", "cache_playlist"]
-    assert listed == ["run", "sample", "ui", "info", "search", "deploy", "rollback", "verify", *legacy]
+    assert listed == [
+        "run",
+        "sample",
+        "ui",
+        "info",
+        "search",
+        "deploy",
+        "rollback",
+        "verify",
+        "repair",
+        *legacy,
+    ]
     assert "..." not in done.stdout.partition("Commands:")[2]
 
 
