@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -20,7 +21,9 @@ from muse_assets.assets.playlist_cache import PLAYLIST_CACHE
 from muse_assets.assets.run_processes import fail_dead_runs
 from muse_assets.assets.server_reload import SERVER_RELOAD
 from muse_assets.catalog import Catalog, IndexSpec
+from muse_assets.failures import PassingFailure
 from muse_assets.partitions import SEOUL, program_partitions
+from muse_assets.publishing.pinning import Pin, read_pin
 
 DAILY = "daily"
 REBUILD = "rebuild"
@@ -72,7 +75,8 @@ def build_jobs(catalog: Catalog) -> list[Any]:
             DEPLOY,
             dg.AssetSelection.assets(*deployed),
             executor_def=_EXECUTOR,
-            description="Put the newest validated snapshots live, or roll back by configuration.",
+            description="Put the newest validated snapshots live; by configuration roll back, which pins the "
+            "index until it is released (`release: true`, or `muse release`).",
         ),
         dg.define_asset_job(
             PLAYLISTS,
@@ -115,11 +119,12 @@ def build_schedule(catalog: Catalog, *, running: bool) -> dg.ScheduleDefinition:
 
 @dataclass(frozen=True)
 class Event:
-    """One build or deploy: its place in the event log, its day, and whether it was a rollback."""
+    """One build or deploy: its place in the event log, its day, whether it was a rollback, or under a pin."""
 
     storage_id: int
     partition: str
     rollback: bool = False
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,21 +153,29 @@ def write_cursor(cursor: Cursor) -> str:
 def build_to_deploy(seen: int, builds: Sequence[Event], deployed: Event | None) -> Event | None:
     """The build that should go live now, if any: the newest day's newest one, unless it was dealt with.
 
-    A build that is older than the last deploy counts as dealt with when that deploy was of its day or a
-    later one (in the same run, or by hand), or a rollback: what an operator took back stays back.
+    Of an index that is not pinned (any more). A build that is older than the last deploy counts as dealt
+    with when that deploy was of its day or a later one (in the same run, or by hand), or a rollback: what
+    the server could not load stays back. A deploy under a pin says nothing once the pin is released.
     """
     if not builds:
         return None
     newest = max(builds, key=lambda event: (event.partition, event.storage_id))
-    if newest.storage_id <= seen:
-        return None
-    if deployed is None:
+    if deployed is not None and deployed.pinned:
         return newest
-    if deployed.storage_id > newest.storage_id and deployed.rollback:
-        return None
-    if (deployed.partition, deployed.storage_id) > (newest.partition, newest.storage_id):
-        return None
-    return newest
+    return None if newest.storage_id <= seen or _superseded(newest, deployed) else newest
+
+
+def _superseded(build: Event, deployed: Event | None) -> bool:
+    if deployed is None:
+        return False
+    taken_back = deployed.rollback and deployed.storage_id > build.storage_id
+    return taken_back or (deployed.partition, deployed.storage_id) > (build.partition, build.storage_id)
+
+
+def cause_of_deploy(build: Event, deployed: Event | None) -> str:
+    """What makes one deploy of a build another than the one before: after a release it goes live again."""
+    released = f"-after-{deployed.storage_id}" if deployed and deployed.pinned else ""
+    return f"{build.storage_id}{released}"
 
 
 @dataclass(frozen=True)
@@ -203,9 +216,12 @@ def next_try(runs: Sequence[DeployRun]) -> NextTry | None:
 
 
 def build_deploy_sensor(
-    catalog: Catalog, jobs: Sequence[Any], *, running: bool, reloads: bool
+    catalog: Catalog, jobs: Sequence[Any], server: Path, *, running: bool, reloads: bool
 ) -> dg.SensorDefinition:
-    """One sensor for all indexes: deploys what was built, and after the last deploy reloads and refreshes."""
+    """One sensor for all indexes: deploys what was built, and after the last deploy reloads and refreshes.
+
+    server: the search server's directory, where the pins are.
+    """
 
     lanes = {key(spec) for spec in catalog.indexes for key in (cluster_key, index_key, deployed_key)}
 
@@ -214,9 +230,9 @@ def build_deploy_sensor(
         jobs=jobs,
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING if running else dg.DefaultSensorStatus.STOPPED,
-        description="Deploys each newly validated build, and again after a failure that may pass. Once "
-        "nothing is being built or deployed any more, reloads the search server and refreshes every "
-        "program's playlist, once.",
+        description="Deploys each newly validated build unless its index is pinned, and again after a "
+        "failure that may pass. Once nothing is being built or deployed any more, reloads the search server "
+        "and refreshes every program's playlist, once.",
     )
     def deploy_new_builds(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         instance = context.instance
@@ -228,15 +244,20 @@ def build_deploy_sensor(
         live = {spec.name: _newest(instance, deployed_key(spec)) for spec in catalog.indexes}
         requests, builds, not_live = [], dict(cursor.builds), []
         for spec in catalog.indexes:
+            if pin := _pin(server, spec):
+                # Not marked as seen: what is built meanwhile goes live after the release.
+                not_live.append(f"{pin.describe()}; `muse release {spec.name}` lets new builds go live")
+                continue
             seen = builds.get(spec.name, 0)
             found = _builds_of_newest_day(instance, index_key(spec))
             missing = build_to_deploy(0, found, live[spec.name])
-            runs = _deploy_runs(instance, spec, missing) if missing else []
+            cause = cause_of_deploy(missing, live[spec.name]) if missing else ""
+            runs = _deploy_runs(instance, spec, cause) if missing else []
             again = next_try(runs)
             if not runs and (new := build_to_deploy(seen, found, live[spec.name])):
-                requests.append(_deploy_request(spec, new))
+                requests.append(_deploy_request(spec, new, cause))
             elif missing and again and again.at and again.at <= datetime.now(UTC):
-                requests.append(_deploy_request(spec, missing, again.number))
+                requests.append(_deploy_request(spec, missing, cause, again.number))
             elif missing and again:
                 not_live.append(f"the deploy of {spec.name} {missing.partition} {again.reason}")
             builds[spec.name] = max([seen, *(event.storage_id for event in found)])
@@ -266,24 +287,32 @@ def build_deploy_sensor(
     return deploy_new_builds
 
 
-def _deploy_request(spec: IndexSpec, build: Event, number: int = 1) -> dg.RunRequest:
+def _pin(server: Path, spec: IndexSpec) -> Pin | None:
+    """None also while the directory cannot be read: the deploy then says so, red."""
+    try:
+        return read_pin(server, spec.name)
+    except PassingFailure:
+        return None
+
+
+def _deploy_request(spec: IndexSpec, build: Event, cause: str, number: int = 1) -> dg.RunRequest:
     again = f"-{number}" if number > 1 else ""
     return dg.RunRequest(
-        run_key=f"{DEPLOY}-{spec.name}-{build.storage_id}{again}",
+        run_key=f"{DEPLOY}-{spec.name}-{cause}{again}",
         job_name=DEPLOY,
         asset_selection=[deployed_key(spec)],
         run_config=deploy_config(spec, partition=build.partition),
-        tags=_build_tags(spec, build) | {"muse/day": build.partition},
+        tags=_build_tags(spec, cause) | {"muse/day": build.partition},
     )
 
 
-def _build_tags(spec: IndexSpec, build: Event) -> dict[str, str]:
-    return {"muse/index": spec.name, _BUILD_TAG: str(build.storage_id)}
+def _build_tags(spec: IndexSpec, cause: str) -> dict[str, str]:
+    return {"muse/index": spec.name, _BUILD_TAG: cause}
 
 
-def _deploy_runs(instance: dg.DagsterInstance, spec: IndexSpec, build: Event) -> list[DeployRun]:
+def _deploy_runs(instance: dg.DagsterInstance, spec: IndexSpec, cause: str) -> list[DeployRun]:
     """Oldest first. From the runs and not from the cursor, which may be lost."""
-    wanted = dg.RunsFilter(job_name=DEPLOY, tags=_build_tags(spec, build))
+    wanted = dg.RunsFilter(job_name=DEPLOY, tags=_build_tags(spec, cause))
     return [
         DeployRun(run.run_id, _failed_at(record), not _refused(instance, run.run_id))
         if (run := record.dagster_run).status == DagsterRunStatus.FAILURE
@@ -352,7 +381,12 @@ def _newest(instance: dg.DagsterInstance, key: dg.AssetKey) -> Event | None:
 def _events(instance: dg.DagsterInstance, key: dg.AssetKey | dg.AssetRecordsFilter) -> list[Event]:
     """Newest first. A materialization without our metadata was reported by hand: it made no file."""
     return [
-        Event(record.storage_id, str(partition), bool(_value(metadata, "rollback")))
+        Event(
+            record.storage_id,
+            str(partition),
+            rollback=bool(_value(metadata, "rollback")),
+            pinned=bool(_value(metadata, "pinned")),
+        )
         for record in instance.fetch_materializations(key, limit=_LOOK_BACK).records
         if record.asset_materialization and "sha256" in (metadata := record.asset_materialization.metadata)
         if (partition := record.partition_key or _value(metadata, "partition"))

@@ -42,7 +42,8 @@ class IndexSpec:
     """One index: its source column, its IVF-PQ shape, its gates.
 
     dimension: floats per vector. m: PQ sub-quantizers, so bytes per code at nbits 8. nlist: inverted
-    lists; None follows the table (`ivfpq.training.choose_nlist`). id_offset: FAISS id = idx + id_offset.
+    lists; None follows the table (`ivfpq.training.choose_nlist`). nprobe: lists that plain search probes,
+    stored in the file; None is measured. id_offset: FAISS id = idx + id_offset.
     """
 
     name: str
@@ -57,6 +58,7 @@ class IndexSpec:
     nlist: int | None = None
     m: int = 64
     nbits: int = 8
+    nprobe: int | None = None
     metric: str = "l2"
     normalize: bool = False
     id_offset: int = -1
@@ -88,6 +90,8 @@ class IndexSpec:
             problems.append(f"nbits {self.nbits} is not within 1..8")
         if self.nlist is not None and self.nlist < 1:
             problems.append(f"nlist {self.nlist} is not positive")
+        if self.nprobe is not None and not 1 <= self.nprobe <= (self.nlist or self.nprobe):
+            problems.append(f"nprobe {self.nprobe} is not within 1..nlist")
         if not 1 <= len(self.song_key) <= 2:
             problems.append("song_key takes the disc column, or disc and track")
         for share in ("recall_gate", "probe_share", "max_rejected_share", "max_shrink_share"):

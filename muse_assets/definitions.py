@@ -23,7 +23,7 @@ def build_defs(settings: Settings | None = None, **resources: Any) -> dg.Definit
     """All definitions for an installation's settings; `resources` replace the ones made from them."""
     settings = settings or Settings()
     catalog = settings.load_catalog()
-    lanes = [build_lane(spec) for spec in catalog.indexes]
+    lanes = [build_lane(spec, catalog, settings.playlist_layout) for spec in catalog.indexes]
     songs, playlist_cache = build_playlist_assets(catalog, settings.playlist_layout)
     running = settings.automation == "running"
     jobs = build_jobs(catalog)
@@ -37,7 +37,9 @@ def build_defs(settings: Settings | None = None, **resources: Any) -> dg.Definit
         jobs=jobs,
         schedules=[build_schedule(catalog, running=running)],
         sensors=[
-            build_deploy_sensor(catalog, jobs, running=running, reloads=bool(settings.reload)),
+            build_deploy_sensor(
+                catalog, jobs, settings.server_directory(), running=running, reloads=bool(settings.reload)
+            ),
             build_failure_sensor(settings, running=running),
         ],
         resources={**build_resources(settings), **resources},
@@ -69,7 +71,9 @@ def build_resources(settings: Settings) -> dict[str, Any]:
 
 
 def _from_environment(name: str, default: str | None) -> Any:
-    return dg.EnvVar(name) if os.environ.get(name) else default
+    # Settings read the name in any case.
+    variable = next((found for found in os.environ if found.upper() == name and os.environ[found]), None)
+    return dg.EnvVar(variable) if variable else default
 
 
 defs = build_defs()

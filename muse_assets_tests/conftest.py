@@ -72,6 +72,18 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def server_python() -> Path:
+    """The interpreter of the search server's environment."""
+    path = Path(os.environ.get("MUSE_SERVER_PYTHON") or Path(__file__).parents[1] / ".venv-server/bin/python")
+    if not path.exists():
+        reason = f"SERVICE MISSING: no {path}; run `make .venv-server` or set MUSE_SERVER_PYTHON"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
 @pytest.fixture
 def mariadb_schema(mariadb_url: str) -> Iterator[str]:
     """SQLAlchemy URL of an empty database of the test's own."""

@@ -204,12 +204,7 @@ def _running(command: list[str], log: Path, ready: Callable[[], bool]) -> Iterat
 
 def _started(command: list[str], log: Path, ready: Callable[[], bool]) -> subprocess.Popen[bytes]:
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - loads no module, takes no lock
-        )
+        process = subprocess.Popen(dying_with_parent(command), stdout=output, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + _START_SECONDS
         while not ready():
@@ -236,6 +231,16 @@ def die_with_parent() -> None:
     """Have this process killed when the one that started it ends."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def dying_with_parent(command: list[str]) -> list[str]:
+    """The command so started that it is killed when the thread that starts it ends.
+
+    By a program and not by `preexec_fn`: between fork and exec that waited for ever for a lock that a
+    thread of FAISS held.
+    """
+    setpriv = find_binary("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
 
 
 def _binary(name: str) -> str:

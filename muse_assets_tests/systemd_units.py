@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from muse_assets_tests.servers import die_with_parent
+from muse_assets_tests.servers import dying_with_parent
 
 _START_SECONDS = 90
 
@@ -93,14 +93,13 @@ class Service:
             )
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                shlex.split(self.unit.value("ExecStart")),
+                dying_with_parent(shlex.split(self.unit.value("ExecStart"))),
                 cwd=self.unit.value("WorkingDirectory"),
                 env=self.unit.environment,
                 umask=int(self.unit.value("UMask"), 8),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group of its own, as a unit's control group
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - loads no module, takes no lock
             )
         if after := self.unit.value("ExecStartPost"):
             with subprocess.Popen(shlex.split(after), start_new_session=True) as post:

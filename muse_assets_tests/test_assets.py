@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,9 +19,10 @@ from sqlalchemy import text
 
 from muse_assets.assets.index_lane import deployed_key, index_key, table_key
 from muse_assets.assets.metadata import sparkline
-from muse_assets.catalog import CATALOG
+from muse_assets.catalog import CATALOG, IndexSpec
 from muse_assets.ivfpq.contents import list_ids
 from muse_assets.ivfpq.files import read_index
+from muse_assets.resources import ProgressLog
 from muse_assets.sample import write_days
 from muse_assets.snapshots.gate import DESCRIPTIONS
 from muse_assets_tests.conftest import Stores
@@ -80,6 +83,28 @@ def live_ids(installation: Installation, index: str) -> set[int]:
     return set(found.tolist())
 
 
+def records(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table in metadata."""
+    return [record.data for record in table.records]
+
+
+def assert_sensible(spec: IndexSpec, songs: list[dict[str, Any]]) -> None:
+    """Whether every previewed song has neighbors that are other songs, nearest first, with known titles."""
+    assert len({row["idx"] for row in songs}) == 5
+    for row in songs:
+        cells = [row[f"neighbor {place}"] for place in (1, 2, 3)]
+        found = [re.fullmatch(r"(.+) \((\d+\.\d\d)\)", cell) for cell in cells if cell != "none"]
+        names = [match[1] for match in found if match]
+        assert len(names) == len(found) > 0
+        assert row["song"] not in names
+        assert len(set(names)) == len(names)
+        distances = [float(match[2]) for match in found if match]
+        assert distances == sorted(distances)
+        assert spec.distance_cut is None or distances[-1] <= spec.distance_cut
+        known = r".+ · .+" if len(spec.song_key) == 2 else r"\d{7}, disc of .+"
+        assert re.fullmatch(known, row["song"])
+
+
 def test_a_rebuild_and_the_playlists_make_a_whole_installation(full: Installation) -> None:
     ran = full.run("rebuild", partition=DAY_ONE)
 
@@ -103,6 +128,7 @@ def test_a_rebuild_and_the_playlists_make_a_whole_installation(full: Installatio
             ids = json.loads(values[f"playlist_idx:{program}_{spec.name}"] or b"")
             assert ids == sorted(set(ids))
             assert set(ids) <= live_ids(full, spec.name)
+        assert_sensible(spec, records(ran.metadata(f"{spec.name}/index")["nearest_neighbors"]))
     again = full.cache("drp").metadata("playlist_cache")
     assert again["program"] == "드라이브 뮤직"
     assert again["changed"] is False
@@ -124,6 +150,16 @@ def test_what_a_run_records_of_a_lane(lane: Installation) -> None:
     assert (deployed["partition"], deployed["already_live"]) == (DAY_ONE, False)
     assert deployed["sha256"] == built["sha256"] == lane.server_files()[spec.live_file]
     assert built["list_sizes"].startswith("![list sizes](data:image/svg+xml;base64,")
+    assert (deployed["age_hours"], deployed["replaced_sha256"], deployed["backups"]) == (0, "none", 0)
+    assert "replaced_age_hours" not in deployed
+    assert {row["before"] for row in records(built["before_and_after"])} == {"none"}
+    assert "nearest_neighbors_note" not in built
+    # Every song of an artist has the same vector here: a neighbor by another artist were nonsense.
+    for row in records(built["nearest_neighbors"]):
+        artist = re.escape(row["song"].split(" · ")[1])
+        for place in (1, 2, 3):
+            named = rf"(.+ · {artist}|\d{{7}}/\d\d|\d{{7}}/\d\d, disc of {artist}) \(0\.00\)"
+            assert re.fullmatch(named, row[f"neighbor {place}"])
     for key, sha256 in ((index_key(spec), built["sha256"]), (deployed_key(spec), built["sha256"])):
         event = lane.instance.get_latest_materialization_event(key)
         assert event
@@ -139,6 +175,112 @@ def test_what_a_run_records_of_a_lane(lane: Installation) -> None:
 def test_a_sparkline_stays_inline_however_many_values() -> None:
     for values in ([], [0.0], [1.0] * 5_000):
         assert len(sparkline(values, "list sizes")) < 1_000
+
+
+def test_the_preview_shows_other_songs_every_day_and_the_same_again(small: Installation) -> None:
+    first = small.rebuild(INDEX).metadata(f"{INDEX}/index")["nearest_neighbors"]
+    again, next_day = (
+        small.build(INDEX, day).metadata(f"{INDEX}/index")["nearest_neighbors"] for day in (DAY_ONE, DAY_TWO)
+    )
+    assert records(again) == records(first)
+    assert {row["idx"] for row in records(next_day)} != {row["idx"] for row in records(first)}
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_build_does_without_the_playlist_database(
+    small: Installation, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    monkeypatch.setattr("muse_assets.snapshots.neighbor_preview._SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1] if silent else 1
+        url = f"mysql+pymysql://muse:canary@127.0.0.1:{port}/x?read_timeout=3"
+        ran = small.with_settings(playlist_db_url=url).rebuild(INDEX)
+
+    facts = ran.metadata(f"{INDEX}/index")
+    songs = records(facts["nearest_neighbors"])
+    assert len(songs) == 5
+    assert all(re.fullmatch(r"\d{7}/\d\d", row["song"]) for row in songs)
+    reason = (
+        "did not answer within 0.3 s" if silent else f"mysql 127.0.0.1:{port}/x, while reading song titles"
+    )
+    assert facts["nearest_neighbors_note"].startswith("titles are missing: ")
+    assert reason in facts["nearest_neighbors_note"]
+    assert "canary" not in facts["nearest_neighbors_note"]
+
+
+def test_a_build_without_known_titles_says_so(small: Installation) -> None:
+    with small.playlists.begin() as connection:
+        for program in small.catalog.programs:
+            connection.execute(text(f"UPDATE {program.song_table} SET disc_id = 'x'"))
+    facts = small.rebuild(INDEX).metadata(f"{INDEX}/index")
+    assert facts["nearest_neighbors_note"] == ("none of 200 sampled songs has a title in the playlist tables")
+    assert len(records(facts["nearest_neighbors"])) == 5
+
+
+def test_a_broken_preview_is_a_note_and_no_red_run(
+    small: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muse_assets.snapshots.neighbor_preview._draw", lambda *_: 1 / 0)
+    facts = small.rebuild(INDEX).metadata(f"{INDEX}/index")
+    assert facts["nearest_neighbors_note"] == "no preview: ZeroDivisionError"
+    assert records(facts["nearest_neighbors"]) == []
+
+
+def test_a_retrained_index_is_shown_beside_its_previous_snapshot(small: Installation) -> None:
+    first = small.rebuild(INDEX).metadata(f"{INDEX}/index")
+    _grow(small)
+    cluster = small.run("rebuild", f"{INDEX}/cluster").metadata(f"{INDEX}/cluster")
+
+    ran = small.build(INDEX, DAY_TWO)
+
+    assert ran.materialized == [f"{INDEX}/index"]
+    second = ran.metadata(f"{INDEX}/index")
+    assert second["mode"] == "full"
+    assert second["cluster"] == cluster["fingerprint"] != first["cluster"]
+    rows = {row["fact"]: (row["before"], row["after"]) for row in records(second["before_and_after"])}
+    assert rows["file"] == (f"muse_{INDEX}_20260101.index", f"muse_{INDEX}_20260102.index")
+    for fact, shown in (
+        ("rows", [f"{facts['dagster/row_count']:,}" for facts in (first, second)]),
+        ("recall@10", [f"{facts['recall_at_10']:.3f}" for facts in (first, second)]),
+        ("imbalance", [f"{facts['imbalance']:.2f}" for facts in (first, second)]),
+        ("lists probed", [f"{facts['nprobe']} of {facts['nlist']}" for facts in (first, second)]),
+        ("cluster", [facts["cluster"][:12] for facts in (first, second)]),
+        ("mode", ["full", "full"]),
+    ):
+        assert rows[fact] == tuple(shown)
+    assert all(0 < int(scanned) <= 210 for scanned in rows["codes scanned a query"])
+
+    replaced = small.deploy(INDEX).metadata(f"{INDEX}/deployed")
+    assert (replaced["replaced_sha256"], replaced["backups"]) == (first["sha256"], 1)
+    assert replaced["replaced_age_hours"] >= replaced["age_hours"] >= 0
+
+
+def test_progress_is_a_line_a_stage_and_one_every_ten_seconds(instance: dg.DagsterInstance) -> None:
+    now = 0.0
+
+    @dg.asset
+    def work() -> None:
+        nonlocal now
+        report = ProgressLog(clock=lambda: now).reporter(dg.AssetExecutionContext.get())
+        report("digesting the table", 0, 0)
+        for done in range(1_000, 60_001, 1_000):
+            now += 0.5
+            report("encoding", done, 60_000)
+        report("training: coarse k-means: 4 lists, error 0.5", 1, 0)
+        report("training: coarse k-means: 4 lists, error 0.4", 2, 0)
+
+    ran = dg.materialize([work], instance=instance)
+
+    messages = [entry.user_message for entry in instance.all_logs(ran.run_id) if not entry.is_dagster_event]
+    assert messages == [
+        "digesting the table (0.0 s)",
+        "encoding: 1,000 of 60,000 (0.5 s)",
+        "encoding: 21,000 of 60,000, 2,000/s, 0:00:20 left (10.5 s)",
+        "encoding: 41,000 of 60,000, 2,000/s, 0:00:10 left (20.5 s)",
+        "encoding: 60,000 of 60,000, 2,000/s (30.0 s)",
+        "training: coarse k-means: 4 lists, error 0.5 (30.0 s)",
+        "training: coarse k-means: 4 lists, error 0.4 (30.0 s)",
+    ]
 
 
 def test_days_follow_the_table(lane: Installation) -> None:
@@ -213,7 +355,7 @@ def test_roll_back_and_forward_again(small: Installation) -> None:
     assert (to["sha256"], to["partition"]) == (second, DAY_TWO)
 
     small.deploy(INDEX, rollback=True)
-    forward = small.deploy(INDEX).metadata(f"{INDEX}/deployed")
+    forward = small.deploy(INDEX, release=True).metadata(f"{INDEX}/deployed")
     assert (forward["sha256"], forward["partition"], forward["rollback"]) == (second, DAY_TWO, False)
 
     unknown = small.deploy(INDEX, rollback=True, rollback_to="beef")

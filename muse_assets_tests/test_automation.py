@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from muse_assets.automation import (
     Event,
     NextTry,
     build_to_deploy,
+    cause_of_deploy,
     next_try,
     read_cursor,
     write_cursor,
@@ -72,10 +74,12 @@ class Automation:
         self._record(dg.AssetMaterialization(key, partition=day, metadata={"sha256": "a"}))
         return self.instance.fetch_materializations(key, limit=1).records[0].storage_id
 
-    def deployed(self, index: str = "vibe", day: str = MONDAY, *, rollback: bool = False) -> int:
+    def deployed(
+        self, index: str = "vibe", day: str = MONDAY, *, rollback: bool = False, pinned: bool = False
+    ) -> int:
         """Record a deploy; its storage id."""
         key = deployed_key(CATALOG.index(index))
-        metadata: dict[str, Any] = {"sha256": "a", "partition": day, "rollback": rollback}
+        metadata: dict[str, Any] = {"sha256": "a", "partition": day, "rollback": rollback, "pinned": pinned}
         self._record(dg.AssetMaterialization(key, metadata=metadata))
         return self.instance.fetch_materializations(key, limit=1).records[0].storage_id
 
@@ -312,7 +316,9 @@ def test_a_lost_or_bad_cursor_repeats_nothing(automation: Automation, cursor: st
 
 
 @pytest.mark.parametrize("cursor_is_lost", [False, True])
-def test_what_was_rolled_back_stays_back(automation: Automation, cursor_is_lost: bool) -> None:
+def test_what_the_server_could_not_load_stays_back_until_the_next_build(
+    automation: Automation, cursor_is_lost: bool
+) -> None:
     for day in (MONDAY, TUESDAY):
         automation.built(day=day)
         automation.tick()
@@ -437,6 +443,7 @@ _DAYS = st.sampled_from([MONDAY, TUESDAY, WEDNESDAY])
 _EVENTS = st.builds(Event, st.integers(1, 50), _DAYS)
 _BUILDS = st.lists(_EVENTS, max_size=8, unique_by=lambda event: event.storage_id)
 _DEPLOYED = st.none() | st.builds(Event, st.integers(51, 60) | st.integers(1, 50), _DAYS, st.booleans())
+_UNDER_A_PIN = st.builds(Event, st.integers(1, 60), _DAYS, st.booleans(), st.just(True))
 
 
 @given(st.integers(0, 60), _BUILDS, _DEPLOYED)
@@ -456,7 +463,20 @@ def test_only_the_newest_unseen_build_goes_live(
         assert max(builds, key=lambda b: (b.partition, b.storage_id)).storage_id <= seen
 
 
-@given(_BUILDS, _DEPLOYED)
+@given(st.integers(0, 60), _BUILDS, _UNDER_A_PIN)
+def test_what_went_live_under_a_pin_deals_with_no_build(
+    seen: int, builds: list[Event], deployed: Event
+) -> None:
+    newest = max(builds, key=lambda b: (b.partition, b.storage_id), default=None)
+    assert build_to_deploy(seen, builds, deployed) == newest
+    if newest:
+        # A deploy of its own, told apart from those before the pin and from those after another one.
+        later = replace(deployed, storage_id=deployed.storage_id + 1)
+        causes = {cause_of_deploy(newest, event) for event in (None, deployed, later)}
+        assert len(causes) == 3
+
+
+@given(_BUILDS, _DEPLOYED | _UNDER_A_PIN)
 def test_the_order_in_which_builds_are_listed_does_not_matter(
     builds: list[Event], deployed: Event | None
 ) -> None:

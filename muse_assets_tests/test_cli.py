@@ -271,6 +271,7 @@ def test_help_is_quick_and_names_every_command() -> None:
         "search",
         "deploy",
         "rollback",
+        "release",
         "verify",
         "repair",
         *legacy,
@@ -288,6 +289,11 @@ def test_info_shows_what_is_live(built: Built) -> None:
         assert live[spec.name][:12] in cells
     assert row_of(one, "vibe") == row_of(everything, "vibe")
     assert "title" not in one
+    assert everything.splitlines()[-1].endswith(
+        " Seoul: All 7 are fresh, exact and live, of " + f"{seoul_today()}."
+    )
+    facts = describe(built.home / "server" / CATALOG.index("vibe").live_file)
+    assert f"nlist: {facts.nlist}\nis_trained: True\nntotal: {facts.ntotal}\nd: 512\n" in one
     assert str(built.home / "server") in one
     assert "There is no index 'nope'" in refused(built.home, "info", "nope")
 
@@ -361,7 +367,7 @@ def test_roll_back_and_forward(built: Built, home: Path) -> None:
         assert "vibe · deploy: " in done.stdout
         assert "\nNext: " in done.stdout
     assert live_digests(home)["vibe"] == built.first_live["vibe"]
-    assert third[:12] in succeed(home, "deploy", "vibe", "--confirm-shrink")
+    assert third[:12] in succeed(home, "deploy", "vibe", "--confirm-shrink", "--release")
     assert live_digests(home)["vibe"] == third
 
 

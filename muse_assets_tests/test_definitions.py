@@ -263,6 +263,19 @@ def test_what_dagster_serializes_holds_names_of_secrets_only(secret_urls: dict[s
     assert [name for name in secret_urls if name not in serialized] == []
 
 
+def test_a_variable_in_lower_case_is_a_secret_too(
+    secret_urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, url in {**secret_urls, "MUSE_ALERT_URL": f"https://hooks.example/{CANARY}"}.items():
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name.lower(), url)
+    settings = Settings()
+    assert CANARY in settings.embedding_url()
+    assert CANARY not in dg.serialize_value(
+        RepositorySnap.from_def(build_defs(settings).get_repository_def())
+    )
+
+
 def test_failing_runs_leave_no_secret(
     secret_urls: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,

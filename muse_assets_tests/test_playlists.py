@@ -190,6 +190,7 @@ def test_titles_come_from_tables_that_have_them(stores: Stores) -> None:
         f"UPDATE {DRP.song_table} SET song_name = '밤편지', artist_name = '아이유'",
     )
     assert song_titles(engine, CATALOG, "song_tables", SONGS) == {("100", "01"): ("밤편지", "아이유")}
+    assert song_titles(engine, CATALOG, "song_tables", [("300",), ("9",)]) == {("300",): ("밤편지", "아이유")}
     assert song_titles(engine, CATALOG, "song_tables", []) == {}
 
 

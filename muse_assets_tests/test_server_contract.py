@@ -82,18 +82,6 @@ Asked = Callable[[Path, list[IndexSpec]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def server_python() -> Path:
-    """The interpreter of the search server's environment."""
-    path = Path(os.environ.get("MUSE_SERVER_PYTHON") or ROOT / ".venv-server/bin/python")
-    if not path.exists():
-        reason = f"SERVICE MISSING: no {path}; run `make .venv-server` or set MUSE_SERVER_PYTHON"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
-
-
-@pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """A small sample with gaps, deletions and a row re-embedded far away, built and deployed twice."""
     home = tmp_path_factory.mktemp("installation")

@@ -6,7 +6,7 @@ when it runs (`automation`).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,31 @@ from muse_assets.assets.metadata import (
     index_metadata,
     table_schema,
 )
-from muse_assets.catalog import IndexSpec
+from muse_assets.catalog import Catalog, IndexSpec
 from muse_assets.failures import MuseError, PermanentFailure
 from muse_assets.manifest import read_manifest
-from muse_assets.partitions import DAYS, seoul_today
+from muse_assets.partitions import DAYS, DEADLINE, SEOUL, seoul_today
+from muse_assets.playlists.songs import Layout, song_titles
 from muse_assets.publishing.backups import backups
 from muse_assets.publishing.deploying import Deployment, deploy, rollback
 from muse_assets.publishing.live import live_file
+from muse_assets.publishing.pinning import read_pin
 from muse_assets.resources import Database, ProgressLog, ServerDirectory, WorkDirectory
 from muse_assets.snapshots.building import build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
 from muse_assets.snapshots.gate import DESCRIPTIONS, WARNING_ONLY, GateFailed
+from muse_assets.snapshots.neighbor_preview import preview_neighbors
 from muse_assets.snapshots.store import Snapshot, prune, snapshots
 
 OWNERS = ["team:music-search"]
 CODE_VERSION = "1"
+
+# Late when the deadline passes without a deploy since midnight; a day with nothing new deploys too.
+_FRESHNESS = dg.FreshnessPolicy.cron(
+    f"{DEADLINE.minute} {DEADLINE.hour} * * *",
+    lower_bound_delta=timedelta(hours=DEADLINE.hour, minutes=DEADLINE.minute),
+    timezone=str(SEOUL),
+)
 
 
 class IndexConfig(dg.Config):  # type: ignore[misc, unused-ignore]
@@ -62,6 +72,12 @@ class DeployConfig(dg.Config):  # type: ignore[misc, unused-ignore]
     """Accept that far more rows vanished since the live file than the catalog allows."""
     replace_damaged: bool = False
     """Replace a live file whose bytes are not what was published; they are kept aside."""
+    pin: bool = True
+    """With rollback: keep new builds from going live until the index is released."""
+    why: str = ""
+    """With rollback: the reason, shown wherever the pin is."""
+    release: bool = False
+    """Release a pinned index and deploy."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +110,9 @@ def deployed_key(spec: IndexSpec) -> dg.AssetKey:
     return dg.AssetKey([spec.name, "deployed"])
 
 
-def build_lane(spec: IndexSpec) -> Lane:
-    """The four assets of one index."""
-    return Lane(_table(spec), _cluster(spec), _index(spec), _deployed(spec))
+def build_lane(spec: IndexSpec, catalog: Catalog, layout: Layout) -> Lane:
+    """The four assets of one index; the catalog and the layout tell where the songs' titles are."""
+    return Lane(_table(spec), _cluster(spec), _index(spec, catalog, layout), _deployed(spec))
 
 
 def _table(spec: IndexSpec) -> dg.AssetSpec:
@@ -145,7 +161,7 @@ def _cluster(spec: IndexSpec) -> dg.AssetsDefinition:
     return cluster
 
 
-def _index(spec: IndexSpec) -> dg.AssetsDefinition:
+def _index(spec: IndexSpec, catalog: Catalog, layout: Layout) -> dg.AssetsDefinition:
     key = index_key(spec)
 
     @dg.asset(
@@ -170,6 +186,7 @@ def _index(spec: IndexSpec) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext,
         config: IndexConfig,
         embedding_database: Database,
+        playlist_database: Database,
         work_directory: WorkDirectory,
         server_directory: ServerDirectory,
         progress: dg.ResourceParam[ProgressLog],
@@ -190,6 +207,13 @@ def _index(spec: IndexSpec) -> dg.AssetsDefinition:
                 for check in failed.checks:
                     yield check_result(key, check)
                 raise
+            preview = preview_neighbors(
+                embedding_database.engine,
+                spec,
+                built.path,
+                date.fromisoformat(day),
+                lambda keys: song_titles(playlist_database.engine, catalog, layout, keys),
+            )
         context.log_event(
             dg.AssetObservation(
                 table_key(spec),
@@ -202,7 +226,7 @@ def _index(spec: IndexSpec) -> dg.AssetsDefinition:
         )
         yield dg.MaterializeResult(
             asset_key=key,
-            metadata=index_metadata(built),
+            metadata=index_metadata(built, preview),
             data_version=dg.DataVersion(built.manifest.sha256),
             # With the result and not before it, so that each outcome points at this materialization.
             check_results=[check_result(key, check) for check in built.checks],
@@ -223,7 +247,9 @@ def _deployed(spec: IndexSpec) -> dg.AssetsDefinition:
         pool=f"index_{spec.name}",
         retry_policy=RETRY_PASSING,
         description=f"`{spec.live_file}` in the search server's directory: the newest validated snapshot, "
-        "published atomically with a backup. Never goes back to an older day except by `rollback`.",
+        "published atomically with a backup. Never goes back to an older day except by `rollback`, which "
+        "pins the index until it is released.",
+        freshness_policy=_FRESHNESS,
     )
     def deployed(
         context: dg.AssetExecutionContext,
@@ -234,25 +260,30 @@ def _deployed(spec: IndexSpec) -> dg.AssetsDefinition:
         with red_run(f"{spec.name} · deploy", partial(live_now, spec, server_directory)):
             work, server = work_directory.ready(), server_directory.ready()
             deployment = (
-                rollback(spec, server, to=config.rollback_to or None)
+                _roll_back(spec, server, config, run_id=context.run.run_id)
                 if config.rollback
                 else _deploy_snapshot(spec, work, server, config)
             )
+            pin = read_pin(server, spec.name)
             manifest = read_manifest(server, spec.name, deployment.sha256)
             if manifest is None:
                 raise PermanentFailure(
                     f"{spec.name}: the facts of the file just deployed are missing in {server}.",
                     next_step="run `muse verify` and deploy again.",
                 )
+            before = deployment.replaced_sha256
+            replaced = read_manifest(server, spec.name, before) if before else None
             removed = prune(work, spec, today=seoul_today())
         if removed:
             context.log.info(f"retention removed {len(removed)} files from {work}")
         return dg.MaterializeResult(
             metadata={
                 **deployment_metadata(
-                    deployment, manifest, len(backups(spec, server)), str(server / spec.live_file)
+                    deployment, manifest, replaced, len(backups(spec, server)), str(server / spec.live_file)
                 ),
                 "rollback": config.rollback,
+                "pinned": pin is not None,
+                **({"pin": pin.describe()} if pin else {}),
             },
             data_version=dg.DataVersion(deployment.sha256),
         )
@@ -270,7 +301,18 @@ def _deploy_snapshot(spec: IndexSpec, work: Path, server: Path, config: DeployCo
         confirm_size=config.confirm_size,
         confirm_shrink=config.confirm_shrink,
         replace_damaged=config.replace_damaged,
+        unpin=config.release,
     )
+
+
+def _roll_back(spec: IndexSpec, server: Path, config: DeployConfig, *, run_id: str) -> Deployment:
+    if config.release:
+        raise PermanentFailure(
+            f"{spec.name}: a rollback pins the index, so release: true contradicts it; nothing was replaced.",
+            next_step="choose one of them; a rollback with pin: false leaves the index open to new builds.",
+        )
+    why = config.why or f"rolled back by run {run_id[:8]}"
+    return rollback(spec, server, to=config.rollback_to or None, pin=why if config.pin else None)
 
 
 def _chosen_snapshot(spec: IndexSpec, work: Path, partition: str) -> Snapshot:

@@ -6,6 +6,8 @@ Here: domain facts into Dagster metadata. Not here: measuring them.
 import base64
 import itertools
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -15,7 +17,8 @@ from muse_assets.manifest import Manifest
 from muse_assets.publishing.deploying import Deployment
 from muse_assets.snapshots.building import Built
 from muse_assets.snapshots.cluster import ClusterManifest
-from muse_assets.snapshots.gate import Check
+from muse_assets.snapshots.gate import RECALL, Check
+from muse_assets.snapshots.neighbor_preview import NEIGHBORS, NeighborPreview
 
 # A Markdown picture renders inline only while the whole string stays under about 1,000 characters.
 _SPARKLINE_BARS = 24
@@ -42,18 +45,18 @@ def cluster_metadata(manifest: ClusterManifest) -> dict[str, Any]:
         "nlist": manifest.nlist,
         "training_rows": manifest.training_rows,
         "table_rows": manifest.table_rows,
-        "coarse_error": manifest.coarse_error,
+        "coarse_error": round(manifest.coarse_error, 4),
         "seconds": manifest.seconds,
         "m": manifest.m,
         "nbits": manifest.nbits,
         "fingerprint": manifest.fingerprint,
         "sha256": manifest.sha256,
-        "objective_by_iteration": dg.MetadataValue.md(sparkline(manifest.objective, "k-means objective")),
+        "objective": dg.MetadataValue.md(sparkline(manifest.objective, "k-means objective")),
     }
 
 
-def index_metadata(built: Built) -> dict[str, Any]:
-    """Of one day's snapshot; the numbers become plots by partition."""
+def index_metadata(built: Built, preview: NeighborPreview) -> dict[str, Any]:
+    """Of one day's snapshot, in the order of a person's questions; the numbers become plots by partition."""
     facts = built.manifest
     rejected = [
         dg.TableRecord({"reason": reason, "rows": count, "idx": ", ".join(map(str, examples))})
@@ -68,21 +71,24 @@ def index_metadata(built: Built) -> dict[str, Any]:
         "reembedded": facts.reembedded,
         "rejected": sum(facts.rejected.values()),
         "recall_at_10": facts.recall_at_10,
-        "nprobe": facts.nprobe,
-        "nlist": facts.nlist,
         "imbalance": facts.imbalance,
         "seconds": round(built.seconds, 2),
         "size_mb": round(facts.size / 1e6, 3),
+        "list_sizes": dg.MetadataValue.md(sparkline(sorted(facts.list_sizes, reverse=True), "list sizes")),
+        "nearest_neighbors": _neighbors(preview),
+        **({"nearest_neighbors_note": preview.note} if preview.note else {}),
+        "before_and_after": _before_and_after(built),
+        "recall_by_nprobe": dg.MetadataValue.table(
+            [dg.TableRecord({"nprobe": int(n), "recall@10": r}) for n, r in _ascending(facts.recall_curve)],
+            schema=dg.TableSchema([dg.TableColumn("nprobe", "int"), dg.TableColumn("recall@10", "float")]),
+        ),
+        "nprobe": facts.nprobe,
+        "nlist": facts.nlist,
         "newest_idx": facts.newest_idx,
         "ntotal_field": facts.ntotal_field,
         "sha256": facts.sha256,
         "cluster": facts.cluster,
         "path": dg.MetadataValue.path(str(built.path)),
-        "list_sizes": dg.MetadataValue.md(sparkline(sorted(facts.list_sizes, reverse=True), "list sizes")),
-        "recall_by_nprobe": dg.MetadataValue.table(
-            [dg.TableRecord({"nprobe": int(n), "recall@10": r}) for n, r in _ascending(facts.recall_curve)],
-            schema=dg.TableSchema([dg.TableColumn("nprobe", "int"), dg.TableColumn("recall@10", "float")]),
-        ),
     }
     if rejected:
         metadata["rejected_rows"] = dg.MetadataValue.table(rejected)
@@ -102,25 +108,33 @@ def check_result(asset_key: dg.AssetKey, check: Check) -> dg.AssetCheckResult:
 
 
 def deployment_metadata(
-    deployment: Deployment, manifest: Manifest, backups: int, live: str
+    deployment: Deployment, manifest: Manifest, replaced: Manifest | None, backups: int, live: str
 ) -> dict[str, Any]:
-    """Of what is live now."""
+    """Of what is live now. replaced: facts of the file that was live before; None if none or unknown."""
+    swapped = not deployment.already_live
     return {
         "dagster/row_count": manifest.rows,
         "partition": deployment.partition,
         "sha256": deployment.sha256,
         "already_live": deployment.already_live,
-        "replaced_sha256": deployment.replaced_sha256 or "none",
+        "built_at": dg.MetadataValue.timestamp(datetime.fromisoformat(manifest.built_at)),
+        "age_hours": _age_hours(manifest),
+        "replaced_sha256": (swapped and deployment.replaced_sha256) or "none",
+        **({"replaced_age_hours": _age_hours(replaced)} if swapped and replaced else {}),
+        "backups": backups,
         "size_mb": round(deployment.size / 1e6, 3),
         "nprobe": manifest.nprobe,
         "recall_at_10": manifest.recall_at_10,
         "ntotal_field": manifest.ntotal_field,
-        "built_at": manifest.built_at,
-        "backups": backups,
         "seconds": round(deployment.seconds, 3),
         "live_file": dg.MetadataValue.path(live),
         **({"warning": deployment.warning} if deployment.warning else {}),
     }
+
+
+def _age_hours(facts: Manifest) -> float:
+    """Since the content was built; a day with nothing new keeps its content, and so its age."""
+    return round((datetime.now(UTC) - datetime.fromisoformat(facts.built_at)).total_seconds() / 3600, 2)
 
 
 def sparkline(values: Sequence[float], label: str) -> str:
@@ -128,11 +142,55 @@ def sparkline(values: Sequence[float], label: str) -> str:
     bars = _means(values, _SPARKLINE_BARS)
     top = max(bars, default=0) or 1
     path = "".join(f"M{4 * x + 2} 24V{24 - round(22 * bar / top)}" for x, bar in enumerate(bars))
+    width = 4 * len(bars) + 4
     svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * len(bars) + 4}" height="24">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="48" viewBox="0 0 {width} 24">'
         f'<path d="{path}" stroke="#4f7df9" stroke-width="3"/></svg>'
     )
     return f"![{label}](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
+
+
+def _before_and_after(built: Built) -> dg.TableMetadataValue:
+    """The previous snapshot's facts beside this one's: what a retrain or a day's rows changed."""
+    previous = built.previous
+    before = _comparable(previous.path, previous.manifest) if previous else {}
+    records = [
+        dg.TableRecord({"fact": name, "before": before.get(name, "none"), "after": after})
+        for name, after in _comparable(built.path, built.manifest).items()
+    ]
+    return _table(records, "fact", "before", "after")
+
+
+def _comparable(path: Path, facts: Manifest) -> dict[str, str]:
+    scanned = facts.checks.get(RECALL, {}).get("codes_scanned")
+    return {
+        "file": path.name,
+        "mode": facts.mode,
+        "rows": f"{facts.rows:,}",
+        "recall@10": f"{facts.recall_at_10:.3f}",
+        "lists probed": f"{facts.nprobe:,} of {facts.nlist:,}",
+        "codes scanned a query": "unknown" if scanned is None else f"{scanned:,.0f}",
+        "imbalance": f"{facts.imbalance:.2f}",
+        "size": f"{facts.size / 1e6:,.3f} MB",
+        "cluster": facts.cluster[:12],
+    }
+
+
+def _neighbors(preview: NeighborPreview) -> dg.TableMetadataValue:
+    """One row a song; in brackets the squared L2 distance."""
+    places = [f"neighbor {place}" for place in range(1, NEIGHBORS + 1)]
+    records = []
+    for song in preview.songs:
+        cells = [f"{neighbor.song} ({neighbor.distance:.2f})" for neighbor in song.neighbors]
+        cells += ["none"] * (NEIGHBORS - len(cells))
+        named = dict(zip(places, cells, strict=True))
+        records.append(dg.TableRecord({"idx": str(song.idx), "song": song.song, **named}))
+    return _table(records, "idx", "song", *places)
+
+
+def _table(records: Sequence[dg.TableRecord], *columns: str) -> dg.TableMetadataValue:
+    """A table of texts; with a schema of its own it may be empty."""
+    return dg.MetadataValue.table(records, schema=dg.TableSchema([dg.TableColumn(name) for name in columns]))
 
 
 def _means(values: Sequence[float], bars: int) -> list[float]:

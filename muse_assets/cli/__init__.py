@@ -13,10 +13,11 @@ from typing import Any
 
 import click
 
+from muse_assets.cli.adopting import adopt
 from muse_assets.cli.inspecting import info, info_faiss, search, verify
 from muse_assets.cli.legacy import add_daily_faiss, add_faiss, cache_playlist, train_faiss
 from muse_assets.cli.repairing import repair
-from muse_assets.cli.running import deploy, rollback, run, sample, ui
+from muse_assets.cli.running import deploy, release, rollback, run, sample, ui
 from muse_assets.failures import MuseError
 
 _INTERRUPTED = 130
@@ -59,8 +60,10 @@ for command in (
     search,
     deploy,
     rollback,
+    release,
     verify,
     repair,
+    adopt,
     train_faiss,
     add_faiss,
     add_daily_faiss,

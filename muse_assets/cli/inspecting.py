@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from muse_assets.catalog import Catalog, IndexSpec
+    from muse_assets.cli.index_status import IndexStatus
+    from muse_assets.ivfpq.files import IndexFacts
     from muse_assets.publishing.verifying import Finding
     from muse_assets.settings import Settings
 
@@ -34,69 +38,89 @@ def info_faiss(path: Path, dimension: int | None) -> None:
         raise PermanentFailure(
             f"{path} has dimension {facts.dimension}, not {dimension}.", next_step="name the right file."
         )
+    _show_file(facts)
+
+
+def _show_file(facts: IndexFacts) -> None:
+    """The legacy's four lines."""
     click.echo(f"nlist: {facts.nlist}")
     click.echo(f"is_trained: {facts.is_trained}")
     click.echo(f"ntotal: {facts.ntotal}")
     click.echo(f"d: {facts.dimension}")
 
 
-@click.command(short_help="What is live and built, how old and how good.")
+@click.command(short_help="Are all indexes fresh, exact and live?")
 @click.argument("names", nargs=-1, metavar="[INDEX]...")
 def info(names: tuple[str, ...]) -> None:
-    """Every index at a glance: what is live, how old, how good, and what is built."""
-    from muse_assets.cli.configuring import read_settings
-    from muse_assets.cli.summary import show_rows, terminal
+    """Every index at a glance: is it fresh, exact and live, how good is it, and what is built.
 
-    settings = read_settings()
+    For one index the lines of `info_faiss` as well.
+    """
+    from muse_assets.cli.configuring import read_settings
+    from muse_assets.cli.index_status import answer
+    from muse_assets.cli.summary import show_rows, terminal
+    from muse_assets.partitions import SEOUL
+
+    settings, now = read_settings(), datetime.now(SEOUL)
     catalog = settings.load_catalog()
     specs = [catalog.index(name) for name in names] or list(catalog.indexes)
-    columns = (
-        "index",
-        "live day",
-        "rows",
-        "ntotal",
-        "nlist",
-        "nprobe",
-        "recall@10",
-        "MB",
-        "sha256",
-        "backups",
-    )
-    rows = [_info_row(settings, spec) for spec in specs]
-    show_rows(terminal(), (*columns, "newest built"), rows)
+    found = [_status(settings, spec) for spec in specs]
+    show_rows(terminal(), _INFO_COLUMNS, [_info_row(settings, one, now) for one in found])
+    if len(found) == 1 and (live := found[0].live) and not live.damaged:
+        from muse_assets.ivfpq.files import describe
+
+        _show_file(describe(live.path))
     click.echo(f"server directory: {settings.server_directory()}")
     click.echo(f"work directory:   {settings.work_directory()}")
     click.echo(
-        "rows: vectors in the file; ntotal: largest id + 1, which the server checks playlist ids against"
+        "rows: vectors in the live file; ntotal: largest id + 1, which the server checks playlist ids against"
     )
+    click.echo("table: rows of the table at that build; added, removed, rejected: by the newest build")
+    click.echo(f"{now:%Y-%m-%d %H:%M} Seoul: {answer(found, now)}")
 
 
-def _info_row(settings: Settings, spec: IndexSpec) -> Sequence[object]:
-    from muse_assets.publishing.backups import backups
+_INFO_COLUMNS = (
+    *("index", "live day", "rows", "ntotal", "fresh", "table", "exact", "newest built"),
+    *("added", "removed", "rejected", "recall@10", "nprobe", "MB", "sha256", "backups", "pinned"),
+)
+
+
+def _status(settings: Settings, spec: IndexSpec) -> IndexStatus:
+    from muse_assets.cli.index_status import IndexStatus
     from muse_assets.publishing.live import live_file
+    from muse_assets.publishing.pinning import read_pin
     from muse_assets.snapshots.store import snapshots
 
     server = settings.server_directory()
     built = next(snapshots(settings.work_directory(), spec), None)
-    newest = built.day.isoformat() if built else "none"
-    live = live_file(server, spec) if server.is_dir() else None
-    if live is None:
-        return (spec.name, "none", *[""] * 8, newest)
-    if live.manifest is None:
-        return (spec.name, "DAMAGED", *[""] * 6, live.sha256[:12], len(backups(spec, server)), newest)
-    facts = live.manifest
-    return (
+    return IndexStatus(
         spec.name,
-        facts.partition,
-        facts.rows,
-        facts.ntotal_field,
-        facts.nlist,
-        facts.nprobe,
-        f"{facts.recall_at_10:.3f}",
-        f"{facts.size / 1e6:.1f}",
-        live.sha256[:12],
-        len(backups(spec, server)),
-        newest,
+        live_file(server, spec) if server.is_dir() else None,
+        replace(built.manifest, partition=built.day.isoformat()) if built else None,
+        read_pin(server, spec.name),
+    )
+
+
+def _info_row(settings: Settings, status: IndexStatus, now: datetime) -> Sequence[object]:
+    from muse_assets.publishing.backups import backups
+
+    spec, facts, built = settings.load_catalog().index(status.index), status.facts, status.built
+    return (
+        status.index,
+        status.live_day,
+        facts.rows if facts else "",
+        facts.ntotal_field if facts else "",
+        status.freshness(now),
+        "" if status.table_rows is None else status.table_rows,
+        status.exact,
+        built.partition if built else "none",
+        *((built.added, built.removed, sum(built.rejected.values())) if built else [""] * 3),
+        f"{facts.recall_at_10:.3f}" if facts else "",
+        facts.nprobe if facts else "",
+        f"{status.live.size / 1e6:.1f}" if status.live else "",
+        status.live.sha256[:12] if status.live else "",
+        len(backups(spec, settings.server_directory())) if status.live else "",
+        status.pin.sha256[:12] or "damaged" if status.pin else "no",
     )
 
 

@@ -94,7 +94,7 @@ class _Repairs:
         if self._drop_snapshots() or rebuild or self.bad(self.spec.live_file):
             self._build(rebuild=rebuild)
         if self.bad(self.spec.live_file, self.spec.fallback_file):
-            self._deploy(replace_damaged=True)
+            self._deploy_again()
         self._set_backups_aside()
 
     def _restore_facts(self) -> None:
@@ -121,11 +121,21 @@ class _Repairs:
         built = list(snapshots(self.work, self.spec))
         same = [one for one in built if one.manifest.sha256 == last]
         if last in kept:
-            self._deploy(rollback=True, rollback_to=last)
+            self._deploy(rollback=True, rollback_to=last, pin=False)
         elif same or built:
             self._deploy(partition=(same or built)[0].day.isoformat(), replace_damaged=True)
         elif kept:
-            self._deploy(rollback=True, rollback_to=kept[0])
+            self._deploy(rollback=True, rollback_to=kept[0], pin=False)
+
+    def _deploy_again(self) -> None:
+        """The newest build; of a pinned index the content that it is pinned to."""
+        from muse_assets.publishing.pinning import read_pin
+
+        pin = read_pin(self.server, self.spec.name)
+        if pin and pin.sha256:
+            self._deploy(rollback=True, rollback_to=pin.sha256, pin=False)
+        else:
+            self._deploy(replace_damaged=True)
 
     def _restore_cluster(self) -> bool:
         """Return whether the cluster has to be trained anew: no intact index was filled from it."""

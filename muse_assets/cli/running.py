@@ -44,7 +44,7 @@ def run(names: tuple[str, ...], rebuild: bool) -> None:
     check_connections(settings)
     from muse_assets.definitions import build_defs  # reads the settings too, but explains nothing
 
-    with _progress() as report, _embedded_redis(settings):
+    with progress() as report, _embedded_redis(settings):
         if settings.embedding_db_url is None:
             _write_sample_once(settings, catalog, console, report)
         with open_instance(settings) as instance:
@@ -82,7 +82,7 @@ def sample(songs: int, days: int, url: str | None, seed: int) -> None:
     catalog = settings.load_catalog()
     embeddings = engine_for(url or settings.embedding_url())
     playlists = engine_for(url or settings.playlist_url())
-    with _progress() as report:
+    with progress() as report:
         if days:
             written = write_days(embeddings, playlists, catalog, days=days, on_progress=report)
             summary.show_sample_days(console, written)
@@ -98,17 +98,38 @@ def sample(songs: int, days: int, url: str | None, seed: int) -> None:
 @click.option("--confirm-size", is_flag=True, help="Accept a file over 1.5 times the live one's size.")
 @click.option("--confirm-shrink", is_flag=True, help="Accept that a large share of the live rows vanished.")
 @click.option("--replace-damaged", is_flag=True, help="Replace a live file that is not what was published.")
+@click.option("--release", is_flag=True, help="Release a pinned index first.")
 def deploy(index: str, **options: Any) -> None:
     """Put an index's newest validated snapshot live."""
     _deploy(index, **options)
 
 
-@click.command()
+@click.command(short_help="Put an index's newest backup live again, and pin it.")
 @click.argument("index")
 @click.option("--to", default="", metavar="SHA256", help="Start of the backup's sha256; default: the newest.")
-def rollback(index: str, to: str) -> None:
-    """Put an index's newest backup live again."""
-    _deploy(index, rollback=True, rollback_to=to)
+@click.option("--why", default="", help="The reason, shown wherever the pin is.")
+def rollback(index: str, to: str, why: str) -> None:
+    """Put an index's newest backup live again, and pin it: no build replaces it until `muse release`."""
+    _deploy(index, rollback=True, rollback_to=to, why=why)
+
+
+@click.command(short_help="Let new builds of a pinned index go live again.")
+@click.argument("index")
+def release(index: str) -> None:
+    """Let new builds of a pinned index go live again."""
+    from muse_assets.cli.configuring import read_settings
+    from muse_assets.publishing.pinning import release_pin
+
+    settings = read_settings()
+    spec = settings.load_catalog().index(index)
+    if (pin := release_pin(spec, settings.server_directory())) is None:
+        click.echo(f"{spec.name} is not pinned.")
+        return
+    click.echo(f"{spec.name} is released; it was {pin.what}.")
+    click.echo(
+        "The deploy sensor now puts the newest build live. Where it does not run, "
+        f"`muse deploy {spec.name}` does, or the next `muse run`."
+    )
 
 
 @click.command(short_help="Open the Dagster UI and its daemon.")
@@ -154,6 +175,8 @@ def _deploy(name: str, **options: Any) -> None:
         f"{facts['live_file']} {done}: {facts['partition']}, {facts['dagster/row_count']:,} rows, "
         f"sha256 {facts['sha256'][:12]}, backups: {facts['backups']}.{restart}"
     )
+    if facts["pinned"]:
+        click.echo(f"{facts['pin']}: `muse release {name}` lets new builds go live.")
 
 
 def _build_and_deploy(
@@ -222,7 +245,7 @@ def _embedded_redis(settings: Settings) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def progress() -> Iterator[Progress]:
     """A progress callable that draws one bar a task in a terminal, and one line a task elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -255,7 +278,9 @@ def _progress() -> Iterator[Progress]:
             if doing != doing_now:
                 doing_now = doing
                 bars.reset(task)
-            count = f"{done:,} of {total:,}" if total else ""
+            speed = bars.tasks[0].speed
+            rate = f", {speed:,.0f}/s" if speed else ""
+            count = f"{done:,} of {total:,}{rate}" if total else ""
             bars.update(task, description=doing, completed=done, total=total or None, count=count)
 
         yield bar

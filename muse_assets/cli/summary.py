@@ -24,7 +24,7 @@ _COUNTS = ("dagster/row_count", "added", "removed", "reembedded", "rejected")
 _UNLIMITED = 1_000
 _TEXT_COLUMNS = {
     *("index", "build", "live file", "live day", "newest built", "sha256", "day", "program", "name"),
-    *("state", "file", "what", "song", "title", "artist"),
+    *("state", "file", "what", "song", "title", "artist", "fresh", "exact", "pinned"),
 }
 
 

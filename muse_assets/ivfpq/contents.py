@@ -78,7 +78,7 @@ def sort_lists(index: Any) -> None:
 
 
 def trained_fingerprint(index: Any) -> str:
-    """SHA-256 (hex) of what training fixed: coarse centroids, codebook, shape and metric.
+    """SHA-256 (hex) of what training fixed: coarse quantizer, codebook, shape and metric.
 
     `merge_from` and `add` accept a foreign codebook without a word, so this is compared instead.
     """
@@ -97,6 +97,9 @@ def trained_fingerprint(index: Any) -> str:
     digest = hashlib.sha256(repr(shape).encode())
     digest.update(centroids.tobytes())
     digest.update(codebook.tobytes())
+    if not isinstance(quantizer, faiss.IndexFlat):
+        # The graph decides the list too: it is built by several threads, never the same twice.
+        digest.update(faiss.serialize_index(quantizer).tobytes())
     return digest.hexdigest()
 
 

@@ -94,6 +94,23 @@ def _assigner(index: Any) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
     return assign
 
 
+def coarse_quantizer(index: Any) -> str:
+    """The class of the coarse quantizer."""
+    return type(faiss.downcast_index(index.quantizer)).__name__
+
+
+def why_not_continued(index: Any) -> list[str]:
+    """What of a trained index that another program made keeps this encoder from going on with it."""
+    found = []
+    if index.metric_type != faiss.METRIC_L2:
+        found.append("its metric is not squared L2")
+    if coarse_quantizer(index) not in ("IndexFlatL2", "IndexHNSWFlat"):
+        found.append(f"its coarse quantizer is {coarse_quantizer(index)}, not IndexFlatL2 or IndexHNSWFlat")
+    if index.pq.nbits > 8:
+        found.append(f"its nbits is {index.pq.nbits}, over 8")
+    return found
+
+
 def encode_all(index: Any, vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Stand-alone codes (list number, then PQ code) of (n, d) float32 vectors, as `fill` stores them."""
     with encoder(index) as (encode, pool):

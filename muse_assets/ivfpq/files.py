@@ -114,6 +114,7 @@ def describe(path: Path) -> IndexFacts:
 
 
 def _read(path: Path, flags: int) -> Any:
+    limit = faiss.get_deserialization_vector_byte_limit()
     try:
         # A damaged header may claim gigabytes; no vector in the file is longer than the file.
         faiss.set_deserialization_vector_byte_limit(max(path.stat().st_size, 1 << 20) + 1)
@@ -130,3 +131,6 @@ def _read(path: Path, flags: int) -> Any:
             f"{path} is not a readable FAISS index: {reason}",
             next_step="`muse verify` names damaged files; rebuild the index or roll back.",
         ) from None
+    finally:
+        # It is the whole process's: a larger file, read by other means, would be refused.
+        faiss.set_deserialization_vector_byte_limit(limit)

@@ -63,15 +63,16 @@ def unknown_programs(engine: Engine, catalog: Catalog) -> list[str]:
 
 
 def song_titles(
-    engine: Engine, catalog: Catalog, layout: Layout, keys: Collection[SongKey]
-) -> dict[SongKey, tuple[str, str]]:
+    engine: Engine, catalog: Catalog, layout: Layout, keys: Collection[tuple[str, ...]]
+) -> dict[tuple[str, ...], tuple[str, str]]:
     """(title, artist) of the songs among `keys` (at most some thousands) that a program table describes.
 
-    The columns song_name and artist_name are optional: tables without them are left out.
+    A key is (disc, track), or (disc,), which stands for the first song known of that disc. The columns
+    song_name and artist_name are optional: tables without them are left out.
     """
     wanted = set(keys)
-    among = func.trim(column("disc_id")).in_(sorted({disc for disc, _ in wanted}))
-    titles: dict[SongKey, tuple[str, str]] = {}
+    among = func.trim(column("disc_id")).in_(sorted({key[0] for key in wanted}))
+    titles: dict[tuple[str, ...], tuple[str, str]] = {}
     with connected(engine, "reading song titles") as connection:
         inspector = inspect(connection)
         for name in dict.fromkeys(song_table(program, layout) for program in catalog.programs):
@@ -79,10 +80,11 @@ def song_titles(
                 continue
             if not {found["name"] for found in inspector.get_columns(name)}.issuperset(_TITLE_COLUMNS):
                 continue
-            for row in connection.execute(_select(name, "disc_id", "track_no", *_TITLE_COLUMNS).where(among)):
+            found = _select(name, "disc_id", "track_no", *_TITLE_COLUMNS).where(among)
+            for row in connection.execute(found.order_by(column("disc_id"), column("track_no"))):
                 disc, track, title, artist = map(trimmed, row)
-                if (disc, track) in wanted:
-                    titles.setdefault((disc, track), (title, artist))
+                for key in wanted & {(disc, track), (disc,)}:
+                    titles.setdefault(key, (title, artist))
     return titles
 
 

@@ -38,6 +38,7 @@ from muse_assets.publishing.backups import (
 from muse_assets.publishing.contract import violations
 from muse_assets.publishing.layout import make_folders, working_on
 from muse_assets.publishing.live import LiveFile, live_file
+from muse_assets.publishing.pinning import Pin, pin_to, put_pin, read_pin
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,13 @@ def deploy(
     confirm_size: bool = False,
     confirm_shrink: bool = False,
     replace_damaged: bool = False,
+    unpin: bool = False,
 ) -> Deployment:
     """Make `snapshot` the index's live file in the directory `server`, keeping the replaced one.
 
     confirm_size lets the file be more than 1.5 times the live one's size; confirm_shrink lets it have
-    fewer rows than the catalog allows; replace_damaged lets a live file of unknown content be replaced.
+    fewer rows than the catalog allows; replace_damaged lets a live file of unknown content be replaced;
+    unpin releases a pinned index, which otherwise takes the pinned content alone.
     Raises PermanentFailure for a refusal, Conflict when another process holds the lock or changed the live
     file or the snapshot meanwhile, PassingFailure for a failing disk. Unless it is Unconfirmed, the live
     file is the one it was.
@@ -92,8 +95,15 @@ def deploy(
     with working_on(spec, server):
         live = live_file(server, spec)
         _separate(spec, server, live)
+        pin = None if unpin else read_pin(server, spec.name)
         if live is not None and live.sha256 == manifest.sha256:
-            return _stay(spec, manifest, server, live, started)
+            return _stay(spec, manifest, server, live, pin, started)
+        if pin is not None and pin.sha256 != manifest.sha256:
+            raise PermanentFailure(
+                f"Index {pin.describe()}; the snapshot of {manifest.partition} was not deployed.",
+                next_step=f"`muse release {spec.name}` lets new builds go live again, a deploy with"
+                " release: true this one.",
+            )
         found = violations(spec, manifest, live, confirm_size=confirm_size, confirm_shrink=confirm_shrink)
         _check_candidate(spec, snapshot, manifest, live, found)
         if live is not None and live.damaged and not replace_damaged:
@@ -102,7 +112,7 @@ def deploy(
                 f" {server} has its content {live.sha256[:12]}.",
                 next_step="roll back, or deploy again with replace_damaged; its bytes are kept aside.",
             )
-        return _publish(spec, snapshot, manifest, server, live, started=started)
+        return _publish(spec, snapshot, manifest, server, live, pin, started=started)
 
 
 def rollback(
@@ -111,14 +121,16 @@ def rollback(
     *,
     to: str | None = None,
     replacing: str | None = None,
+    pin: str | None = None,
     lock_wait_seconds: float = 0.0,
 ) -> Deployment:
     """Make the newest backup that is not live the live file, or the one whose sha256 starts with `to`.
 
     The replaced file becomes a backup too, unless it is damaged, so rolling back again rolls forward; so
     once the file may have been replaced, every failure is permanent: a retry would undo it. replacing:
-    the live sha256 to be replaced; Conflict if another is live. Raises as `deploy` does otherwise, and
-    PermanentFailure if there is no such backup or its bytes are damaged.
+    the live sha256 to be replaced; Conflict if another is live. pin: why the index is to stay there until
+    it is released; None leaves the pin as it is. Raises as `deploy` does otherwise, and PermanentFailure
+    if there is no such backup or its bytes are damaged.
     """
     started = time.monotonic()
     with working_on(spec, server, wait_seconds=lock_wait_seconds):
@@ -131,16 +143,23 @@ def rollback(
                 next_step="nothing was changed; look at what is live, and roll back by hand if it is wrong.",
             )
         if to and live is not None and live.manifest is not None and live.sha256.startswith(to):
-            return _stay(spec, live.manifest, server, live, started)
+            return _stay(spec, live.manifest, server, live, _pin(server, live.manifest, pin), started)
         backup, manifest = _chosen(spec, server, live, to)
+        held = _pin(server, manifest, pin)
         # The file being rolled back from may be one the server cannot load: it is no fallback.
         try:
-            return _publish(spec, backup.path, manifest, server, live, fallback=backup.path, started=started)
+            return _publish(
+                spec, backup.path, manifest, server, live, held, fallback=backup.path, started=started
+            )
         except Unconfirmed as error:
             raise PermanentFailure(
                 error.what,
                 next_step="check that disk, and look at what is live before launching the rollback again.",
             ) from error
+
+
+def _pin(server: Path, manifest: Manifest, why: str | None) -> Pin | None:
+    return read_pin(server, manifest.index) if why is None else pin_to(manifest, why)
 
 
 def _separate(spec: IndexSpec, server: Path, live: LiveFile | None) -> None:
@@ -193,9 +212,13 @@ def _chosen(spec: IndexSpec, server: Path, live: LiveFile | None, to: str | None
     )
 
 
-def _stay(spec: IndexSpec, manifest: Manifest, server: Path, live: LiveFile, started: float) -> Deployment:
-    """The wanted bytes are live: bring their facts and the fallback up to date, leave the file alone."""
+def _stay(
+    spec: IndexSpec, manifest: Manifest, server: Path, live: LiveFile, pin: Pin | None, started: float
+) -> Deployment:
+    """The wanted bytes are live: bring their facts, pin and fallback up to date, leave the file alone."""
     make_folders(server, spec.name)
+    if pin != read_pin(server, spec.name):
+        put_pin(server, spec.name, pin)
     partition = _record(server, manifest).partition
     _ensure_fallback(spec, server, live.path)
     fsync_directory(server)  # what an Unconfirmed or killed deploy did not come to
@@ -210,13 +233,15 @@ def _publish(
     manifest: Manifest,
     server: Path,
     live: LiveFile | None,
+    pin: Pin | None,
     *,
     fallback: Path | None = None,
     started: float,
 ) -> Deployment:
     """Stage, check, back up, compare, swap, prune; undo what was made when the swap does not happen.
 
-    fallback: the file to be linked as the server's second chance; None means the replaced one.
+    pin: the one to hold from now on. fallback: the file to be linked as the server's second chance; None
+    means the replaced one.
     """
     target, second_chance = server / spec.live_file, server / spec.fallback_file
     replaced = None if live is None else live.manifest
@@ -233,6 +258,10 @@ def _publish(
                 if read_manifest(server, spec.name, facts.sha256) is None:
                     undo.callback(manifest_path(server, spec.name, facts.sha256).unlink, missing_ok=True)
                 _record(server, facts)
+        # Before the rename (`pinning`).
+        if (pinned := read_pin(server, spec.name)) != pin:
+            undo.callback(put_pin, server, spec.name, pinned)
+            put_pin(server, spec.name, pin)
         if live is not None:
             kept = keep(spec, server, live.path, live.sha256, damaged=live.damaged)
             undo.callback(kept.unlink, missing_ok=True)

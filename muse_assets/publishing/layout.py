@@ -7,6 +7,7 @@ Here: paths and the check that the directory can be worked in. Not here: the con
     .manifests/<index>/<sha256>.json         facts of every file here, by content
     .backups/<index>/<UTC time>_<sha12>.index    files that were live before
     .locks/<index>.lock                      held by whoever changes the index's files
+    .pins/<index>.json                       content that no build may replace, if there is one
     .loaded.json                             content the server last loaded well, by index
 """
 
@@ -34,6 +35,11 @@ def backup_folder(server: Path, index: str) -> Path:
     return server / ".backups" / index
 
 
+def pin_file(server: Path, index: str) -> Path:
+    """The pin of one index, if it is pinned."""
+    return server / ".pins" / f"{index}.json"
+
+
 def loaded_file(server: Path) -> Path:
     """JSON object: index -> sha256 that the server last loaded well."""
     return server / ".loaded.json"
@@ -57,6 +63,7 @@ def working_on(spec: IndexSpec, server: Path, *, wait_seconds: float = 0.0) -> I
     with explained(f"Index {spec.name}", server), locked(lock, wait_seconds=wait_seconds):
         sweep(server / spec.live_file)
         sweep(server / spec.fallback_file)
+        sweep(pin_file(server, spec.name))
         for folder in (manifest_folder(server, spec.name), backup_folder(server, spec.name)):
             sweep(folder / "*")
         yield

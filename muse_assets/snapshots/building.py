@@ -74,6 +74,7 @@ class Built:
     """A snapshot in place, what the gate said of it, and what was learned of the table.
 
     rejected_examples: reason -> up to five idx. table_rows: valid and rejected. seconds: of this build.
+    previous: the newest snapshot up to that day as the build found it; None for the first.
     """
 
     path: Path
@@ -83,6 +84,7 @@ class Built:
     table_rows: int
     table_columns: dict[str, str]
     seconds: float
+    previous: Snapshot | None = None
 
 
 @dataclass(frozen=True)
@@ -169,12 +171,14 @@ def build_snapshot(
         parent = None if full else _find_parent(build, cluster, earlier)
         same_rows = parent and not len(changed_buckets(parent.state.digests, table.digests))
         if parent and same_rows and parent.snapshot.manifest.gate == gate_of(spec):
-            return _unchanged(build, parent, table)
-        index = read_index(parent.snapshot.path) if parent else cluster.index
-        synced = synchronize(engine, spec, index, parent.state if parent else None, table, on_progress)
-        previous_rows = previous.manifest.rows if previous else 0
-        require_plausible(spec, synced, previous_rows, confirm_shrink=confirm_shrink)
-        return _finish(build, _Filled(index, cluster, parent, table, synced))
+            built = _unchanged(build, parent, table)
+        else:
+            index = read_index(parent.snapshot.path) if parent else cluster.index
+            synced = synchronize(engine, spec, index, parent.state if parent else None, table, on_progress)
+            previous_rows = previous.manifest.rows if previous else 0
+            require_plausible(spec, synced, previous_rows, confirm_shrink=confirm_shrink)
+            built = _finish(build, _Filled(index, cluster, parent, table, synced))
+        return replace(built, previous=previous)
 
 
 def source_of(spec: IndexSpec) -> str:
@@ -189,7 +193,7 @@ def gate_of(spec: IndexSpec) -> str:
     """The limits a snapshot has to keep: after a change of them even an unchanged table is measured anew."""
     return (
         f"recall {spec.recall_gate} probes {spec.probe_share} imbalance {spec.max_imbalance} "
-        f"rejected {spec.max_rejected_share}"
+        f"rejected {spec.max_rejected_share}{f' nprobe {spec.nprobe}' if spec.nprobe else ''}"
     )
 
 
@@ -235,8 +239,8 @@ def _finish(build: _Build, filled: _Filled) -> Built:
     index.use_precomputed_table = 0
     index.precompute_table()
     sample = _sample_rows(build, synced)
-    curve = measure_probes(index, sample.ids, sample.vectors, _QUERIES)
-    index.nprobe = choose_nprobe(curve, spec.recall_gate, spec.probe_share)
+    curve = measure_probes(index, sample.ids, sample.vectors, _QUERIES, fixed=spec.nprobe)
+    index.nprobe = choose_nprobe(curve, spec.recall_gate, spec.probe_share, spec.nprobe)
     measured = _Measured(curve, imbalance(index), list_sizes(index))
     build.on_progress("writing", 0, 0)
     staged = durable_files.stage(build.target, partial(write_index, index))

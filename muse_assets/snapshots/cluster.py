@@ -97,28 +97,51 @@ def train_cluster(
 
     nlist = min(choose_nlist(sample.table_rows, spec.nlist), spec.nlist or len(sample.vectors))
     trained = train(sample.vectors, nlist=nlist, m=spec.m, nbits=spec.nbits, seed=seed, on_stage=on_stage)
+    return _write_cluster(
+        path,
+        spec,
+        trained.index,
+        table_rows=sample.table_rows,
+        training_rows=len(sample.vectors),
+        coarse_error=trained.coarse_error,
+        objective=trained.objective,
+        rejected=sample.rejected,
+        start=start,
+    )
+
+
+def take_cluster(filled: Any, spec: IndexSpec, path: Path, *, table_rows: int) -> ClusterManifest:
+    """Write what a filled index was trained to, as `train_cluster` would have; empties `filled`.
+
+    Nobody knows on how many rows it was trained, or how well: those facts are 0.
+    """
+    start = time.monotonic()
+    filled.reset()
+    filled.nprobe = 1
+    unknown: dict[str, Any] = {"training_rows": 0, "coarse_error": 0.0, "objective": (), "rejected": {}}
+    return _write_cluster(path, spec, filled, table_rows=table_rows, start=start, **unknown)
+
+
+def _write_cluster(path: Path, spec: IndexSpec, index: Any, *, start: float, **facts: Any) -> ClusterManifest:
+    """facts: fields of the manifest that the index does not show; start: monotonic seconds."""
     with (
         durable_files.explained(f"Index {spec.name}", path.parent, f"{path} was not replaced"),
         durable_files.locked(_lock_file(path, spec)),
     ):
         durable_files.sweep(path)
         durable_files.sweep(_manifest_path(path, spec, "?" * 64))  # of whatever hash
-        staged = durable_files.stage(path, partial(write_index, trained.index))
+        staged = durable_files.stage(path, partial(write_index, index))
         manifest = ClusterManifest(
             index=spec.name,
             sha256=staged.sha256,
-            fingerprint=trained_fingerprint(trained.index),
+            fingerprint=trained_fingerprint(index),
             trained_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            dimension=spec.dimension,
-            nlist=nlist,
-            m=spec.m,
-            nbits=spec.nbits,
-            table_rows=sample.table_rows,
-            training_rows=len(sample.vectors),
-            coarse_error=trained.coarse_error,
-            objective=trained.objective,
-            rejected=sample.rejected,
+            dimension=index.d,
+            nlist=index.nlist,
+            m=index.pq.M,
+            nbits=index.pq.nbits,
             seconds=round(time.monotonic() - start, 2),
+            **facts,
         )
         write_sealed(_manifest_path(path, spec, staged.sha256), asdict(manifest))
         durable_files.commit(staged)

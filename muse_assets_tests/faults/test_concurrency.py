@@ -28,6 +28,7 @@ from muse_assets.snapshots.store import state_path
 from muse_assets_tests.embedding_rows import SPEC as SMALL
 from muse_assets_tests.embedding_rows import payloads_of, put_rows, unit_vectors
 from muse_assets_tests.faults.conftest import Times
+from muse_assets_tests.faults.ledger import Injecting, Ledger
 from muse_assets_tests.faults.on_disk_instance import (
     INDEX,
     SPEC,
@@ -38,7 +39,6 @@ from muse_assets_tests.faults.on_disk_instance import (
     rebuild,
     rounds,
 )
-from muse_assets_tests.faults.ledger import Injecting, Ledger
 from muse_assets_tests.faults.warm_process import Child, Step
 
 # What a run that lost says: the lock is taken, or the file it was about to replace or copy was changed.

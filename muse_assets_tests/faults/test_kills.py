@@ -24,6 +24,7 @@ from muse_assets.durable_files import file_sha256
 from muse_assets.partitions import seoul_today
 from muse_assets.publishing.backups import Backup, backups
 from muse_assets_tests.faults.conftest import Times
+from muse_assets_tests.faults.ledger import Injecting, Ledger
 from muse_assets_tests.faults.on_disk_instance import (
     INDEX,
     SPEC,
@@ -35,7 +36,6 @@ from muse_assets_tests.faults.on_disk_instance import (
     rebuild,
     rounds,
 )
-from muse_assets_tests.faults.ledger import Injecting, Ledger
 from muse_assets_tests.faults.warm_process import PATIENCE_SECONDS, Child, Step
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,7 +61,7 @@ SCENARIOS = [
     Scenario("full build", lambda: daily(full=True), lambda: daily() + deploy()),
     Scenario("playlists", playlists, playlists),
     Scenario("train", lambda: rebuild("cluster"), lambda: rebuild("cluster", "index", "deployed")),
-    Scenario("rollback", lambda: deploy(rollback=True), deploy, snapshot_first=True),
+    Scenario("rollback", lambda: deploy(rollback=True), lambda: deploy(release=True), snapshot_first=True),
     Scenario(
         "rebuild",
         lambda: rebuild("cluster", "index", "deployed"),

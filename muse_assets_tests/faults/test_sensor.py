@@ -27,8 +27,8 @@ from muse_assets.automation import DEPLOY, PLAYLISTS
 from muse_assets.catalog import CATALOG
 from muse_assets.durable_files import file_sha256, locked
 from muse_assets_tests.faults.conftest import Times
-from muse_assets_tests.faults.on_disk_instance import INDEX, SPEC, Lane, daily, deploy, open_lane, rounds
 from muse_assets_tests.faults.ledger import Injecting
+from muse_assets_tests.faults.on_disk_instance import INDEX, SPEC, Lane, daily, deploy, open_lane, rounds
 from muse_assets_tests.faults.warm_process import Child, Step
 
 ROOT = Path(__file__).parent.parent.parent

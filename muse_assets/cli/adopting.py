@@ -1,0 +1,42 @@
+"""The command that takes over the index file that the search server has, without a rebuild.
+
+Here: words for a terminal. Not here: the proof, or what is written (`snapshots.adopting`).
+"""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command(short_help="Take over the server's present index file without a rebuild.")
+@click.argument("index")
+def adopt(index: str) -> None:
+    """Take over the live file of an index that another program filled, without a rebuild.
+
+    Every row of the table is encoded with the file's own quantizers: each id has to be idx - 1. The live
+    file is only read; the next daily run builds on it, measures and deploys.
+    """
+    from muse_assets.cli.configuring import read_settings
+    from muse_assets.cli.running import progress
+    from muse_assets.connections.databases import engine_for
+    from muse_assets.partitions import SEOUL
+    from muse_assets.snapshots.adopting import adopt as take_over
+
+    settings = read_settings()
+    spec = settings.load_catalog().index(index)
+    live, work = settings.server_directory() / spec.live_file, settings.work_directory()
+    with progress() as report:
+        done = take_over(engine_for(settings.embedding_url()), spec, live, work, SEOUL, on_progress=report)
+    if done is None:
+        click.echo(f"{spec.name}: {work} builds on the cluster of {live} already; nothing was changed.")
+        return
+    facts = done.manifest
+    click.echo(
+        f"{live} is adopted: {facts.rows:,} rows of {facts.partition}, nlist {facts.nlist}, m {facts.m}, "
+        f"nprobe {facts.nprobe}, {done.coarse_quantizer}, recall@10 {facts.recall_at_10:.3f}."
+    )
+    click.echo(
+        f"{done.equal:,} of {done.compared:,} rows encode to what it holds. The next build adds "
+        f"{done.absent:,} rows, takes out {done.stale:,} ids, and encodes {done.pulled:,} rows in all."
+    )
+    click.echo(f"Next: `muse run --index {spec.name}` builds today's file on it and deploys.")
