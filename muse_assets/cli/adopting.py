@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 
-@click.command(short_help="Take over the server's present index file without a rebuild.")
+@click.command(short_help="Take over the server's present file, no rebuild.")
 @click.argument("index")
 def adopt(index: str) -> None:
     """Take over the live file of an index that another program filled, without a rebuild.

@@ -306,7 +306,7 @@ CLOCKS = [
     ("UTC", "2026-11-01 15:00:00"),
     ("Asia/Seoul", "2026-11-01 23:59:59"),
     ("America/New_York", "2026-11-01 01:30:00"),
-    ("America/New_York", "2026-03-08 02:30:00"),
+    ("America/New_York", "2026-03-08 01:59:58"),
     ("Europe/London", "2026-10-25 01:30:00"),
     ("Pacific/Kiritimati", "2026-12-31 23:59:59"),
     ("Pacific/Pago_Pago", "2027-01-01 00:00:01"),
