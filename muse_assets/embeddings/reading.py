@@ -197,8 +197,9 @@ def read_ranges(connection: Connection, spec: IndexSpec, ranges: Sequence[Bounds
     """The rows of several short ranges in one statement, so in one consistent view."""
     table, column = quoted(connection, spec.table), quoted(connection, spec.embedding_column)
     condition = " OR ".join(f"idx BETWEEN {int(r.low)} AND {int(r.high)}" for r in ranges)
-    query = f"SELECT idx, {column} FROM {table} WHERE {condition} ORDER BY idx"
-    return _page(connection.execute(text(query)).all())
+    query = text(f"SELECT idx, {column} FROM {table} WHERE {condition} ORDER BY idx")
+    # A statement of its own each time: SQLAlchemy's cache would only keep hundreds of them in memory.
+    return _page(connection.execute(query, execution_options={"compiled_cache": None}).all())
 
 
 def rows_by_idx(connection: Connection, spec: IndexSpec, idx: NDArray[np.int64]) -> Iterator[Page]:
