@@ -21,7 +21,7 @@ ui: $(VENV)/.ready  ## Open the Dagster UI at http://127.0.0.1:3000
 test: $(VENV)/.ready $(SERVER_VENV)/.ready  ## All tests, on SQLite + Valkey and on MariaDB + Redis
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-test-faults: $(VENV)/.ready  ## Every fault injected many times (about 25 minutes); prints one table
+test-faults: $(VENV)/.ready  ## Every fault injected many times (an hour); prints one table
 	$(BIN)/python -m pytest -n 2 --dist worksteal --heavy-faults $(PYTEST_ARGS) \
 	  muse_assets_tests/faults/test_soak.py muse_assets_tests/faults/test_kills.py muse_assets_tests/faults
 
