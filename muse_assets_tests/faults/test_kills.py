@@ -115,7 +115,7 @@ def kill_runs(ledger: Ledger, lane: Lane, wanted: int) -> None:
     # Seconds from the scenario's first step to the end of its run, learned on the way.
     lasts = dict.fromkeys((scenario.name for scenario in SCENARIOS), 0.5)
     temps = untagged = 0
-    for attempt in rounds(4 * wanted, 1200):
+    for attempt in rounds(4 * wanted, 3600):
         scenario = SCENARIOS[ledger.injected % len(SCENARIOS)]
         before = lane.keys()
         known = {file_sha256(lane.live), *(file_sha256(kept.path) for kept in kept_backups(lane))}
