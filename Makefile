@@ -7,7 +7,7 @@ SERVER_VENV := .venv-server
 SERVER_FAISS := faiss-cpu==1.11.0.post1
 
 .DEFAULT_GOAL := help
-.PHONY: help run ui test test-faults lint clean
+.PHONY: help run ui test test-faults bench lint clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -19,11 +19,13 @@ ui: $(VENV)/.ready  ## Open the Dagster UI at http://127.0.0.1:3000
 	@$(BIN)/muse ui
 
 test: $(VENV)/.ready $(SERVER_VENV)/.ready  ## All tests, on SQLite + Valkey and on MariaDB + Redis
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-faults: $(VENV)/.ready  ## Every fault injected many times (an hour); prints one table
-	$(BIN)/python -m pytest -n 2 --dist worksteal --heavy-faults $(PYTEST_ARGS) \
-	  muse_assets_tests/faults/test_soak.py muse_assets_tests/faults/test_kills.py muse_assets_tests/faults
+	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 --heavy-faults $(PYTEST_ARGS) muse_assets_tests/faults
+
+bench: $(VENV)/.ready  ## What the work costs beside what one would use instead; prints ratios
+	$(BIN)/python -m muse_assets_tests.benchmarks $(BENCH)
 
 lint: $(VENV)/.ready  ## Format, lint, types, and that Dagster loads the definitions
 	$(BIN)/ruff format --check .

@@ -21,11 +21,19 @@ from muse_assets_tests.faults.ledger import faults_table
 from muse_assets_tests.servers import find_binary, fresh_schema, private_mariadb, private_redis
 
 _MISSING = "SERVICE MISSING:"
+# Files whose tests last longest, longest first: begun last, they would leave the other worker idle.
+_LONGEST = ("test_soak", "test_sensor", "test_kills", "test_deployment", "test_cli", "test_concurrency")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--heavy-faults`: inject each fault as often as `make test-faults` does."""
     parser.addoption("--heavy-faults", action="store_true", help="inject every fault many times")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first; xdist keeps the order."""
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""Measuring one piece of work in a process of its own, and the table of ratios.
+
+Here: costs, rows and printing. Not here: what is measured (`bench_*.py`), or on what (`vectors.py`,
+`tables.py`).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+_MEGABYTE = 1 << 20
+Facts = Mapping[str, float | str]
+Metric = Literal["wall", "cpu"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One piece of work. wall, cpu: seconds (cpu of all threads). peak: MB resident above the start's.
+
+    facts: what else it says of itself, such as recall@10; every figure of speed comes with its quality.
+    """
+
+    wall: float
+    cpu: float
+    peak: float
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: `ours` against `baseline` by `metric`.
+
+    reach: the ratio to be reached; `faster` says whether it is a speed-up (at least that often as fast)
+    or a bound (at most that many times the baseline). note: quality and circumstances, in words.
+    """
+
+    what: str
+    baseline_name: str
+    ours: Cost
+    baseline: Cost
+    reach: float | None
+    faster: bool = True
+    metric: Metric = "wall"
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Baseline over ours for a speed-up, ours over baseline for a bound."""
+        ours, baseline = (float(getattr(cost, self.metric)) for cost in (self.ours, self.baseline))
+        return baseline / ours if self.faster else ours / baseline
+
+    @property
+    def reached(self) -> bool:
+        """Whether the ratio is what it has to be; a row that only states figures always is."""
+        if self.reach is None:
+            return True
+        return self.ratio >= self.reach if self.faster else self.ratio <= self.reach
+
+
+def measure(work: Callable[..., Facts | None], *arguments: Any) -> Cost:
+    """Run `work(*arguments)` in a fresh process and say what it cost.
+
+    `work` is a module's function, its arguments and the facts it returns can be pickled; what it prepares
+    before it calls `begin()` is not counted. Raises RuntimeError when it fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(sending, work, arguments))
+    process.start()
+    sending.close()
+    try:
+        outcome = receiving.recv()
+    except EOFError:
+        outcome = "it died"
+    process.join()
+    if not isinstance(outcome, Cost):
+        raise RuntimeError(f"{work.__module__}.{work.__qualname__}: {outcome}")
+    return outcome
+
+
+def in_turn(repeats: int, *works: tuple[Callable[..., Facts | None], tuple[Any, ...]]) -> list[Cost]:
+    """Measure each of `works` `repeats` times, taking turns, and return each one's median by wall."""
+    found: list[list[Cost]] = [[] for _ in works]
+    for _ in range(repeats):
+        for place, (work, arguments) in enumerate(works):
+            found[place].append(measure(work, *arguments))
+    return [_median(costs) for costs in found]
+
+
+def begin() -> None:
+    """In a measured function: what came before was preparation."""
+    _started[:] = [_now()]
+
+
+def print_table(rows: Iterable[Row], console: Console) -> bool:
+    """Print the rows; whether all reached what they have to."""
+    table = Table("what", "baseline", "wall s", "CPU s", "peak MB", "ratio", "reach", "")
+    every = list(rows)
+    for row in every:
+        wall, cpu, peak = (
+            f"{getattr(row.ours, name):,.{digits}f} / {getattr(row.baseline, name):,.{digits}f}"
+            for name, digits in (("wall", 2), ("cpu", 2), ("peak", 0))
+        )
+        reach = "stated" if row.reach is None else f"{'>=' if row.faster else '<='} {row.reach:g}x"
+        mark = "" if row.reach is None else "ok" if row.reached else "MISSED"
+        ratio = f"{row.ratio:.2f}x {row.metric}"
+        table.add_row(row.what, row.baseline_name, wall, cpu, peak, ratio, reach, mark)
+        if row.note:
+            table.add_row(f"  [dim]{row.note}[/dim]")
+    console.print("ours / baseline", table, sep="\n")
+    return all(row.reached for row in every)
+
+
+def _median(costs: list[Cost]) -> Cost:
+    middle = statistics.median_low([cost.wall for cost in costs])
+    return next(cost for cost in costs if cost.wall == middle)
+
+
+_started: list[tuple[float, float, float]] = []
+
+
+def _now() -> tuple[float, float, float]:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(one.ru_utime + one.ru_stime for one in used)
+    return time.perf_counter(), cpu, max(one.ru_maxrss for one in used) * 1024 / _MEGABYTE
+
+
+def _run(sending: Any, work: Callable[..., Facts | None], arguments: tuple[Any, ...]) -> None:
+    begin()
+    try:
+        facts = work(*arguments)
+        (wall, cpu, peak), (wall_then, cpu_then, peak_then) = _now(), _started[0]
+        sending.send(Cost(wall - wall_then, cpu - cpu_then, peak - peak_then, facts or {}))
+    except BaseException as error:
+        sending.send(f"{type(error).__name__}: {error}")
+        raise
