@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import faiss
 import numpy as np
 import pytest
@@ -358,6 +359,12 @@ def test_the_command_takes_a_legacy_file_to_ours_live(tmp_path: Path) -> None:
     assert f"{live} is adopted: {len(vectors):,} rows of {TODAY}, nlist 4, m 16, nprobe 1, IndexHNSW" in text
     assert f"{len(vectors):,} of {len(vectors):,} rows encode to what it holds" in text
     assert file_sha256(live) == legacys
+    with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey(["vibe", "cluster"]))
+    adopted = event and event.asset_materialization
+    assert adopted
+    assert adopted.metadata["nlist"].value == 4
+    assert "Adopted from" in str(adopted.description)
     text = succeed(home, "run", "--index", "vibe", MUSE_CATALOG=str(catalog))
     assert "incremental" in text
     assert file_sha256(live.with_name(spec.fallback_file)) in (legacys, file_sha256(live))

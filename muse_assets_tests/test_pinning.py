@@ -323,6 +323,22 @@ def test_at_the_terminal(installed: tuple[Installation, Automation]) -> None:
     assert f"pinned to {first[:12]} of {DAY_ONE} since 20" in shown.splitlines()[-1]
     assert WHY in shown.splitlines()[-1]
     assert muse("deploy", INDEX).exit_code == 1
+    # Its playlists fail, for want of the other indexes' tables; the pinned index does not.
+    ran = muse("run", "--index", INDEX)
+    assert f"muse_{INDEX}.index (pinned)" in ran.output
+    assert f"{INDEX} · deploy" not in ran.output
+    assert f"{INDEX} is pinned to {first[:12]}" in ran.output
+    assert live_sha(lane) == first
+    pin = pin_file(lane.server, INDEX)
+    whole = pin.read_bytes()
+    pin.write_bytes(whole[:-3])
+    verified = muse("verify", INDEX)
+    assert verified.exit_code == 1
+    assert f"`muse release {INDEX}`" in next(
+        line for line in verified.output.splitlines() if str(pin) in line
+    )
+    pin.write_bytes(whole)
+    assert muse("verify", INDEX).exit_code == 0
     released = muse("release", INDEX)
     assert f"{INDEX} is released; it was pinned to {first[:12]}" in released.output
     assert f"`muse deploy {INDEX}`" in released.output

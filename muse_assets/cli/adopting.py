@@ -5,7 +5,16 @@ Here: words for a terminal. Not here: the proof, or what is written (`snapshots.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from muse_assets.catalog import IndexSpec
+    from muse_assets.settings import Settings
+    from muse_assets.snapshots.adopting import Adoption
 
 
 @click.command(short_help="Take over the server's present file, no rebuild.")
@@ -30,6 +39,7 @@ def adopt(index: str) -> None:
     if done is None:
         click.echo(f"{spec.name}: {work} builds on the cluster of {live} already; nothing was changed.")
         return
+    _record_cluster(settings, spec, live, done)
     facts = done.manifest
     click.echo(
         f"{live} is adopted: {facts.rows:,} rows of {facts.partition}, nlist {facts.nlist}, m {facts.m}, "
@@ -40,3 +50,22 @@ def adopt(index: str) -> None:
         f"{done.absent:,} rows, takes out {done.stale:,} ids, and encodes {done.pulled:,} rows in all."
     )
     click.echo(f"Next: `muse run --index {spec.name}` builds today's file on it and deploys.")
+
+
+def _record_cluster(settings: Settings, spec: IndexSpec, live: Path, done: Adoption) -> None:
+    """Materialize the cluster in the asset graph: no run trained it, and the index depends on it."""
+    import dagster as dg
+
+    from muse_assets.assets.index_lane import cluster_key
+    from muse_assets.assets.metadata import cluster_metadata
+    from muse_assets.cli.launching import open_instance
+
+    with open_instance(settings) as instance:
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization(
+                cluster_key(spec),
+                description=f"Adopted from {live}; nobody knows on how many rows it was trained.",
+                metadata=cluster_metadata(done.cluster),
+                tags={"dagster/data_version": done.cluster.sha256},
+            )
+        )

@@ -186,13 +186,16 @@ def _build_and_deploy(
     from muse_assets.automation import DAILY, DEPLOY, REBUILD
     from muse_assets.cli.launching import Outcome, launch
     from muse_assets.partitions import seoul_today
+    from muse_assets.publishing.pinning import read_pin
 
     today = seoul_today().isoformat()
+    # As the deploy sensor does: what an operator pinned is built, and stays as it is.
+    pinned = read_pin(settings.server_directory(), spec.name) is not None
     if rebuild or not (settings.work_directory() / spec.cluster_file).exists():
-        keys = [cluster_key(spec), index_key(spec), deployed_key(spec)]
+        keys = [cluster_key(spec), index_key(spec), *([] if pinned else [deployed_key(spec)])]
         return launch(defs, instance, REBUILD, keys, partition=today)
     built = launch(defs, instance, DAILY, [index_key(spec)], partition=today)
-    if not built.success:
+    if pinned or not built.success:
         return built
     live = launch(defs, instance, DEPLOY, [deployed_key(spec)])
     return Outcome(live.success, live.failure, live.run_id, {**built.metadata, **live.metadata})

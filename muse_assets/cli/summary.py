@@ -36,7 +36,9 @@ def terminal() -> Console:
 def show_indexes(
     console: Console, settings: Settings, specs: Sequence[IndexSpec], outcomes: Mapping[str, Outcome]
 ) -> None:
-    """One line an index: what was built and what is live."""
+    """One line an index: what was built and what is live; a build without a deploy was held by a pin."""
+    from muse_assets.publishing.pinning import read_pin
+
     table = _table(
         *("index", "build", "rows", "added", "removed", "re-embedded", "rejected"),
         *("recall@10", "seconds", "live file"),
@@ -46,22 +48,30 @@ def show_indexes(
         facts = outcomes[spec.name].metadata.get(f"{spec.name}/index")
         live = outcomes[spec.name].metadata.get(f"{spec.name}/deployed")
         cluster = outcomes[spec.name].metadata.get(f"{spec.name}/cluster", {})
-        if not outcomes[spec.name].success or facts is None or live is None:
+        if not outcomes[spec.name].success or facts is None:
             table.add_row(spec.name, "[red]failed", *[""] * 7, f"{spec.live_file} (unchanged)")
             continue
         modes.add(facts["mode"])
-        seconds = facts["seconds"] + live["seconds"] + cluster.get("seconds", 0)
+        seconds = facts["seconds"] + (live["seconds"] if live else 0) + cluster.get("seconds", 0)
+        change = "pinned" if live is None else "same" if live["already_live"] else "new"
         table.add_row(
             spec.name,
             facts["mode"],
             *(f"{facts[key]:,}" for key in _COUNTS),
             f"{facts['recall_at_10']:.3f}",
             f"{seconds:.1f}",
-            f"{spec.live_file} ({'same' if live['already_live'] else 'new'})",
+            f"{spec.live_file} ({change})",
         )
     console.print(table)
     if modes == {"unchanged"}:
         console.print("Nothing new: every table is as it was indexed; no file was written or replaced.")
+    for spec in specs:
+        if pin := read_pin(settings.server_directory(), spec.name):
+            console.print(
+                f"{pin.describe()}: it was built and not deployed; `muse release {spec.name}` lets new builds"
+                " go live.",
+                markup=False,
+            )
     console.print(f"Live files muse_<index>.index: {settings.server_directory()}", markup=False)
 
 

@@ -13,7 +13,8 @@ from muse_assets.catalog import IndexSpec
 from muse_assets.durable_files import file_sha256
 from muse_assets.failures import PassingFailure
 from muse_assets.manifest import manifest_path, read_manifest
-from muse_assets.publishing.layout import backup_folder, manifest_folder
+from muse_assets.publishing.layout import backup_folder, manifest_folder, pin_file
+from muse_assets.publishing.pinning import read_pin
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Finding:
 
 
 def verify(directory: Path, spec: IndexSpec) -> list[Finding]:
-    """Check the live file, the fallback, the backups and the dated snapshots of one index.
+    """Check the live file, the fallback, the backups, the pin and the dated snapshots of one index.
 
     Works on a server directory and on a work directory. Clusters are left out: they have no manifest.
     """
@@ -43,7 +44,22 @@ def verify(directory: Path, spec: IndexSpec) -> list[Finding]:
             for path in (live, fallback)
             if path not in present
         ]
-    return found
+    return [*found, *_check_pin(directory, spec)]
+
+
+def _check_pin(directory: Path, spec: IndexSpec) -> list[Finding]:
+    """A damaged pin holds the index all the same, but no longer says at what."""
+    path = pin_file(directory, spec.name)
+    try:
+        pin = read_pin(directory, spec.name)
+    except PassingFailure as error:
+        return [Finding(path, "unknown", error.what)]
+    if pin is None:
+        return []
+    if not pin.sha256:
+        remedy = f"`muse release {spec.name}`, or roll back again"
+        return [Finding(path, "damaged", f"the pin no longer says to what content; {remedy}")]
+    return [Finding(path, "ok", pin.what)]
 
 
 def _check(directory: Path, spec: IndexSpec, path: Path) -> Finding:

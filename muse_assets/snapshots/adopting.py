@@ -51,7 +51,7 @@ from muse_assets.ivfpq.files import describe, read_index
 from muse_assets.ivfpq.quality import ProbeCurve, imbalance, measure_probes
 from muse_assets.manifest import Manifest, write_manifest
 from muse_assets.snapshots.building import source_of
-from muse_assets.snapshots.cluster import load_cluster, take_cluster
+from muse_assets.snapshots.cluster import ClusterManifest, load_cluster, take_cluster
 from muse_assets.snapshots.progress import Progress, silent
 from muse_assets.snapshots.store import (
     RowState,
@@ -85,10 +85,12 @@ class Adoption:
     """What was taken over. compared: rows whose id the file has; equal: those with the same list and code.
 
     absent: usable rows that the file lacks; stale: ids of the file without a usable row. pulled: rows in
-    buckets that were not proved, which the next build encodes. manifest: of the file, as a snapshot.
+    buckets that were not proved, which the next build encodes. manifest: of the file, as a snapshot; cluster:
+    of what it was trained to.
     """
 
     manifest: Manifest
+    cluster: ClusterManifest
     coarse_quantizer: str
     compared: int
     equal: int
@@ -188,13 +190,14 @@ def adopt(
             )
             write_state(work, spec.name, staged.sha256, proof.state)
             write_manifest(work, manifest)
-            take_cluster(index, spec, work / spec.cluster_file, table_rows=proof.table_rows)
+            cluster = take_cluster(index, spec, work / spec.cluster_file, table_rows=proof.table_rows)
         except BaseException:
             durable_files.discard(staged)
             raise
         durable_files.commit(staged)
     return Adoption(
         manifest=manifest,
+        cluster=cluster,
         coarse_quantizer=coarse_quantizer(index),
         compared=proof.compared,
         equal=proof.equal,
