@@ -7,7 +7,7 @@ SERVER_VENV := .venv-server
 SERVER_FAISS := faiss-cpu==1.11.0.post1
 
 .DEFAULT_GOAL := help
-.PHONY: help run ui test test-faults bench lint clean
+.PHONY: help run ui test test-ui test-faults bench lint clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -19,7 +19,10 @@ ui: $(VENV)/.ready  ## Open the Dagster UI at http://127.0.0.1:3000
 	@$(BIN)/muse ui
 
 test: $(VENV)/.ready $(SERVER_VENV)/.ready  ## All tests, on SQLite + Valkey and on MariaDB + Redis
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore muse_assets_tests/ui $(PYTEST_ARGS)
+
+test-ui: $(VENV)/.ready-ui  ## The UI in a real browser (Debian's chromium), against a real webserver and daemon
+	$(BIN)/python -m pytest $(PYTEST_ARGS) muse_assets_tests/ui
 
 test-faults: $(VENV)/.ready  ## Every fault injected many times (an hour); prints one table
 	$(BIN)/python -m pytest -n 2 --dist load --maxschedchunk 1 --heavy-faults $(PYTEST_ARGS) muse_assets_tests/faults
@@ -40,6 +43,10 @@ $(VENV)/.ready: setup.py
 	@echo "Setting up $(VENV) (once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-ui: $(VENV)/.ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,ui]'
 	@touch $@
 
 $(SERVER_VENV)/.ready: Makefile

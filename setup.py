@@ -39,6 +39,7 @@ setup(
             "ruff>=0.6",
             "time-machine>=2.16",
         ],
+        "ui": ["playwright>=1.45"],
     },
     entry_points={"console_scripts": ["muse = muse_assets.cli:main"]},
 )

@@ -32,7 +32,7 @@ from muse_assets_tests.faults.on_disk_instance import INDEX, SPEC, Lane, daily, 
 from muse_assets_tests.faults.warm_process import Child, Step
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 RUN_KEY = "dagster/run_key"
 FINISHED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
 

@@ -8,6 +8,7 @@ the job as that command line does. Not here: what is killed when, or what must h
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -32,7 +33,7 @@ from muse_assets.definitions import build_defs
 from muse_assets_tests.installations import Ran, hurry_retries
 from muse_assets_tests.servers import die_with_parent
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 JOBS = ("daily", "rebuild", "deploy", "playlists")
 
 
@@ -72,8 +73,11 @@ class Child:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (status := self.status()) is None:
             if time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGUSR1)  # where each of its threads hangs goes to its log
+                    time.sleep(1)
                 self.kill()
-                raise TimeoutError(f"a run did not end within {PATIENCE_SECONDS} s: {self.log[-3000:]}")
+                raise TimeoutError(f"a run did not end within {PATIENCE_SECONDS} s: {self.log[-6000:]}")
             time.sleep(0.01)
         return status
 
@@ -169,6 +173,7 @@ def _child(defs: dg.Definitions, steps: list[Step], result: Path, at: float) -> 
         for descriptor in (1, 2):
             os.dup2(log, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        faulthandler.register(signal.SIGUSR1, file=log)
         time.sleep(max(0.0, at - time.monotonic()))
         for step in steps:
             outcome = _muse(step) if step.arguments else _run(defs, step)
