@@ -17,7 +17,7 @@ from tenacity import Retrying, stop_after_attempt, wait_exponential
 
 from muse_assets.dated_logs import dated_log
 from muse_assets.failures import PassingFailure
-from muse_assets.partitions import SEOUL
+from muse_assets.seoul_time import SEOUL
 from muse_assets.settings import Settings
 
 _TIMEOUT_SECONDS = 10

@@ -22,8 +22,9 @@ from muse_assets.assets.run_processes import fail_dead_runs
 from muse_assets.assets.server_reload import SERVER_RELOAD
 from muse_assets.catalog import Catalog, IndexSpec
 from muse_assets.failures import PassingFailure
-from muse_assets.partitions import SEOUL, program_partitions
+from muse_assets.partitions import program_partitions
 from muse_assets.publishing.pinning import Pin, read_pin
+from muse_assets.seoul_time import SEOUL
 
 DAILY = "daily"
 REBUILD = "rebuild"

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from muse_assets.partitions import SEOUL
+from muse_assets.seoul_time import SEOUL
 from muse_assets.settings import Settings
 
 KEPT_DAYS = 90

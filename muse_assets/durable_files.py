@@ -14,36 +14,94 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from muse_assets.failures import Conflict, PassingFailure, PermanentFailure
 
-_BLOCK = 1 << 20
+_BUFFER = 1 << 17
+_BLOCK = 1 << 18  # above the buffer, so that a copied block is written as it is
+# The disk begins with a piece while the next is made: 300 MB copied and fsynced in 0.11 s, not in 0.20 s.
+_PIECE = 8 << 20
 _TEMP_SUFFIX = ".part"
+# A write moves the mtime within a tick of the clock (4 ms; 2 s on the coarsest file systems). One through a
+# mapping does at its first change of a page after that was written back, which by the kernel's defaults is
+# 35 s later at most (vm.dirty_expire_centisecs, vm.dirty_writeback_centisecs).
+_SETTLED_SECONDS = 60.0
 
-Write = Callable[[bytes], None]
+Write = Callable[[bytes | memoryview], None]
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Which file it is, and when it was last written. size in bytes.
+
+    settled: that was so long ago that any later write gives another stamp.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    settled: bool = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A complete, fsynced and re-read temp file beside `target`. sha256 in hex, size in bytes."""
+    """A complete, fsynced temp file beside `target`, re-read: its sha256 in hex, its stamp of that time."""
 
     path: Path
     target: Path
     sha256: str
-    size: int
+    stamp: Stamp
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.stamp.size
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex. FAISS files carry no checksum of their own."""
+    return stamped_sha256(path)[0]
+
+
+def stamped_sha256(path: Path) -> tuple[str, Stamp]:
+    """SHA-256 of a file's bytes, in hex, and its stamp from before the first was read. Raises OSError."""
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            stamp = _stamp(file.fileno())
+            return hashlib.file_digest(file, "sha256").hexdigest(), stamp
     except OSError as error:
         if error.filename is None:  # a failed read, as opposed to a failed open, does not say of what
             error.filename = str(path)
         raise
+
+
+def is_untouched(path: Path, stamp: Stamp) -> bool:
+    """Whether `path` is the file of a settled `stamp`, not written since; if not, only its bytes can tell.
+
+    It saves hashing one content twice in a run, never trusting one from an earlier run: a bad disk moves no
+    mtime, and whoever sets one back would be believed. Raises OSError, but not for a missing file.
+    """
+    return stamp.settled and _is(path, stamp)
+
+
+def _is(path: Path, stamp: Stamp) -> bool:
+    try:
+        # Opened, because a network file system answers a mere stat from its cache for up to a minute.
+        with path.open("rb", buffering=0) as file:
+            return _stamp(file.fileno()) == stamp
+    except FileNotFoundError:
+        return False
+
+
+def _stamp(descriptor: int) -> Stamp:
+    found = os.fstat(descriptor)
+    # The ctime too: an mtime can be set back by whoever goes on writing.
+    written_at = max(found.st_mtime, found.st_ctime)
+    settled = time.time() - written_at >= _SETTLED_SECONDS
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, settled)
 
 
 @contextlib.contextmanager
@@ -119,54 +177,94 @@ def stage(target: Path, produce: Callable[[Write], None], *, expected_size: int 
     A failed fsync is never retried: the kernel may have dropped the pages. Raises PassingFailure or
     PermanentFailure with the path, and leaves no temp file.
     """
+    digest = hashlib.sha256()
+
+    def produce_hashed(write: Write) -> None:
+        def write_hashed(block: bytes | memoryview) -> None:
+            write(block)
+            digest.update(block)
+
+        produce(write_hashed)
+
+    staged = _stage(target, produce_hashed, expected_size)
+    if staged.sha256 != digest.hexdigest():
+        discard(staged)
+        raise reads_back_differently(staged)
+    return staged
+
+
+def stage_copy(target: Path, source: Path, *, expected_size: int) -> Staged:
+    """Copy `source` into a temp file beside `target`; fsync and re-read it. Raises as `stage` does.
+
+    What it holds is hashed once, when it is re-read, so the caller has to know what it should be: a hash
+    while copying would cost 0.2 s of 300 MB, and finds no more.
+    """
+    return _stage(target, copy_into(source), expected_size)
+
+
+def _stage(target: Path, produce: Callable[[Write], None], expected_size: int | None) -> Staged:
     temp = _temp(target)
     with _explained(temp):
         descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with _explained(temp):
-            digest, size = hashlib.sha256(), 0
-            with os.fdopen(descriptor, "wb", buffering=_BLOCK) as file:
+            with os.fdopen(descriptor, "wb", buffering=_BUFFER) as file:
                 if expected_size:
                     # A disk that is too small says so before the first byte is written.
-                    os.posix_fallocate(file.fileno(), 0, expected_size)
+                    os.posix_fallocate(descriptor, 0, expected_size)
+                size = begun = 0
 
-                def write(block: bytes) -> None:
-                    nonlocal size
+                def write(block: bytes | memoryview) -> None:
+                    nonlocal size, begun
                     file.write(block)
-                    digest.update(block)
                     size += len(block)
+                    if size - begun >= _PIECE:
+                        _begin_writeback(descriptor, begun, size)
+                        begun = size
 
                 produce(write)
                 file.flush()
                 file.truncate(size)
                 # The server runs as another user, whatever this process's umask.
-                os.fchmod(file.fileno(), 0o644)
-                os.fsync(file.fileno())
-            if file_sha256(temp) != digest.hexdigest():
-                raise PassingFailure(
-                    f"{temp.name} reads back differently from what was written to {target.parent}.",
-                    next_step="check that disk (dmesg, smartctl) and launch the run again.",
-                )
+                os.fchmod(descriptor, 0o644)
+                os.fsync(descriptor)
+            return Staged(temp, target, *stamped_sha256(temp))
     except BaseException:
         _remove(temp)
         raise
-    return Staged(temp, target, digest.hexdigest(), size)
+
+
+def _begin_writeback(descriptor: int, start: int, end: int) -> None:
+    # Advice: the pages are dirty, so they are handed to the disk and stay. A refusal only costs time.
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+
+
+def reads_back_differently(staged: Staged) -> PassingFailure:
+    """The failure of a disk that gives other bytes than it took."""
+    return PassingFailure(
+        f"{staged.path.name} reads back differently from what was written to {staged.target.parent}.",
+        next_step="check that disk (dmesg, smartctl) and launch the run again.",
+    )
 
 
 def copy_into(source: Path) -> Callable[[Write], None]:
     """A producer for `stage` that copies `source` block by block."""
 
     def produce(write: Write) -> None:
-        with source.open("rb") as file:
-            while block := file.read(_BLOCK):
-                write(block)
+        block = memoryview(bytearray(_BLOCK))
+        with source.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                write(block[:count])
 
     return produce
 
 
 def commit(staged: Staged) -> None:
-    """Rename the staged file over its target and make that durable, then read it back.
+    """Rename the staged file over its target and make that durable, then see that it is there.
 
+    Its bytes were read back when it was staged, and nobody else knows a temp's name: that the target is that
+    file, not written since, tells as much as reading it again.
     Raises PassingFailure when the outcome cannot be confirmed: after the rename an error means
     *unknown*, so nothing is deleted and the next run reads back and decides.
     """
@@ -178,7 +276,7 @@ def commit(staged: Staged) -> None:
         raise
     try:
         fsync_directory(staged.target.parent)
-        confirmed = file_sha256(staged.target) == staged.sha256
+        confirmed = _is(staged.target, staged.stamp)
     except OSError:
         confirmed = False
     if not confirmed:

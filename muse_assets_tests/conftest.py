@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ _LONGEST = ("test_soak", "test_sensor", "test_kills", "test_deployment", "test_c
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--heavy-faults`: inject each fault as often as `make test-faults` does."""
     parser.addoption("--heavy-faults", action="store_true", help="inject every fault many times")
+
+
+def pytest_configure() -> None:
+    """Undo a shell's `&`, which has SIGINT ignored: see `muse_assets.cli.main`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

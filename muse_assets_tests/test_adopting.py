@@ -26,8 +26,8 @@ from muse_assets.embeddings.reading import Bounds, read_ranges
 from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import trained_fingerprint
 from muse_assets.ivfpq.files import read_index
-from muse_assets.partitions import SEOUL
 from muse_assets.publishing.deploying import deploy
+from muse_assets.seoul_time import SEOUL
 from muse_assets.settings import Settings
 from muse_assets.snapshots.adopting import Adoption, adopt
 from muse_assets.snapshots.building import build_snapshot

@@ -16,7 +16,7 @@ from dagster_shared.yaml_utils import load_yaml_from_path
 from muse_assets.alerts import build_failure_sensor, post_alert
 from muse_assets.dated_logs import KEPT_DAYS, dated_log
 from muse_assets.failures import PassingFailure
-from muse_assets.partitions import SEOUL
+from muse_assets.seoul_time import SEOUL
 from muse_assets.settings import Settings
 from muse_assets_tests.installations import DAY_ONE, Installation, install
 

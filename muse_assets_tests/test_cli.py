@@ -34,7 +34,7 @@ from muse_assets.connections.embedded_valkey import embedded_valkey
 from muse_assets.connections.redis_server import connect
 from muse_assets.durable_files import file_sha256, locked
 from muse_assets.ivfpq.files import describe
-from muse_assets.partitions import SEOUL, seoul_today
+from muse_assets.seoul_time import SEOUL, seoul_today
 
 MUSE = Path(sys.executable).with_name("muse")
 SPECS = list(CATALOG.indexes)
@@ -718,8 +718,9 @@ def free_port() -> int:
 def test_ui_serves_the_page_and_its_graphql(built: Built, tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "ui.log"
     with log.open("wb") as output:
+        # As a script's `muse ui &` starts it: with SIGINT ignored.
         process = subprocess.Popen(
-            [MUSE, "ui", "--port", str(port)],
+            ["sh", "-c", 'trap "" INT; exec "$@"', "sh", MUSE, "ui", "--port", str(port)],
             env=environment(built.home),
             cwd=tmp_path,
             stdout=output,
@@ -730,6 +731,8 @@ def test_ui_serves_the_page_and_its_graphql(built: Built, tmp_path: Path) -> Non
         query = json.dumps({"query": "{version assetNodes{assetKey{path}}}"}).encode()
         answer = json.loads(fetched(f"http://127.0.0.1:{port}/graphql", process, log, query))
         page = fetched(f"http://127.0.0.1:{port}/", process, log)
+        process.terminate()
+        process.wait(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -434,10 +434,6 @@ def host(tmp_path_factory: pytest.TempPathFactory, stores: Stores) -> Iterator[H
         MUSE_PLAYLIST_DB_URL=stores.playlist_url,
         MUSE_REDIS_URL=stores.redis_url,
     )
-    # Runs leave the queue every second and not every five: this saves the test half a minute.
-    instance = root / "var/lib/muse/dagster/dagster.yaml"
-    queue = instance.read_text("utf-8").replace("run_queue:\n", "run_queue:\n  dequeue_interval_seconds: 1\n")
-    instance.write_text(queue, "utf-8")
     units = root / "etc/systemd/system"
     texts = [
         "etc/muse/instance.env",

@@ -10,9 +10,9 @@ import pytest
 
 from muse_assets.cli.index_status import IndexStatus, answer
 from muse_assets.manifest import Manifest
-from muse_assets.partitions import SEOUL
 from muse_assets.publishing.live import ADOPTED, LiveFile
 from muse_assets.publishing.pinning import Pin
+from muse_assets.seoul_time import SEOUL
 from muse_assets_tests.server_directories import snapshot
 
 TODAY, YESTERDAY = "2026-03-03", "2026-03-02"

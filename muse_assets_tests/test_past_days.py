@@ -27,8 +27,8 @@ from muse_assets.catalog import CATALOG
 from muse_assets.durable_files import file_sha256
 from muse_assets.ivfpq.contents import list_ids
 from muse_assets.ivfpq.files import read_index
-from muse_assets.partitions import SEOUL
 from muse_assets.sample import write_days
+from muse_assets.seoul_time import SEOUL
 from muse_assets_tests.installations import Installation, Ran, install
 from muse_assets_tests.test_automation import Automation
 

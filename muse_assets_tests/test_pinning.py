@@ -22,6 +22,7 @@ from muse_assets.automation import DEPLOY, PLAYLISTS
 from muse_assets.cli import cli
 from muse_assets.definitions import build_defs
 from muse_assets.failures import PermanentFailure
+from muse_assets.publishing.backups import backups
 from muse_assets.publishing.deploying import rollback
 from muse_assets.publishing.layout import pin_file
 from muse_assets.publishing.pinning import Pin, put_pin, read_pin, release_pin
@@ -85,6 +86,18 @@ def test_a_rollback_that_is_no_operators_leaves_the_pin_as_it_is(server: Path) -
     pin = read_pin(server, SPEC.name)
     rollback(SPEC, server)
     assert read_pin(server, SPEC.name) == pin
+
+
+def test_a_second_rollback_has_to_name_its_backup(server: Path, tmp_path: Path) -> None:
+    """Else the newest backup, the file that was just put away as bad, would be live and pinned."""
+    put(server, snapshot(tmp_path / "work", 3))
+    third, back = live(server), rollback(SPEC, server, pin=WHY)
+    with pytest.raises(PermanentFailure, match="was rolled back already") as refused:
+        rollback(SPEC, server, pin=WHY)
+    assert live(server) == back.sha256
+    assert f"{third[:12]} of " in refused.value.what
+    [first] = [b.sha12 for b in backups(SPEC, server) if b.sha12 not in (third[:12], back.sha256[:12])]
+    assert rollback(SPEC, server, to=first, pin=WHY).sha256.startswith(first)
 
 
 def test_a_damaged_pin_still_pins(server: Path, tmp_path: Path) -> None:

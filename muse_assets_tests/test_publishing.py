@@ -205,14 +205,13 @@ def test_a_snapshot_built_anew_during_the_deploy_is_a_conflict(
     before = contents(server)
     path, manifest = snapshot(work, 2)
     anew = snapshot(work, 3)
-    copy_into = durable_files.copy_into
 
-    def copy_after_a_build(source: Path) -> Callable[[durable_files.Write], None]:
+    def copy_after_a_build(target: Path, source: Path, *, expected_size: int) -> durable_files.Staged:
         write_manifest(work, anew[1])
         shutil.copyfile(anew[0], path)
-        return copy_into(source)
+        return durable_files.stage_copy(target, source, expected_size=expected_size)
 
-    monkeypatch.setattr("muse_assets.publishing.deploying.copy_into", copy_after_a_build)
+    monkeypatch.setattr("muse_assets.publishing.deploying.stage_copy", copy_after_a_build)
     with pytest.raises(Conflict, match="built anew while it was copied"):
         put(server, (path, manifest))
     assert contents(server) == before
@@ -753,29 +752,115 @@ def test_a_held_lock_is_a_conflict_and_can_be_waited_for(work: Path, server: Pat
     holder.join()
 
 
+@pytest.mark.parametrize("settled", [False, True])
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_live_file_changed_during_the_deploy_is_a_conflict(
-    work: Path, server: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+    work: Path, server: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool, settled: bool
 ) -> None:
     put(server, snapshot(work, 1))
     foreign = snapshot(work, 9)[0].read_bytes()
-    copy_into = durable_files.copy_into
+    if settled:
+        monkeypatch.setattr(durable_files, "_SETTLED_SECONDS", -1.0)
 
-    def copy_while_an_operator_copies(source: Path) -> Callable[[durable_files.Write], None]:
-        target = server / SPEC.live_file
+    def copy_while_an_operator_copies(
+        target: Path, source: Path, *, expected_size: int
+    ) -> durable_files.Staged:
         if replaced:
             target.with_suffix(".new").write_bytes(foreign)
             target.with_suffix(".new").rename(target)
         else:
             target.write_bytes(foreign)
-        return copy_into(source)
+        return durable_files.stage_copy(target, source, expected_size=expected_size)
 
-    monkeypatch.setattr("muse_assets.publishing.deploying.copy_into", copy_while_an_operator_copies)
+    monkeypatch.setattr("muse_assets.publishing.deploying.stage_copy", copy_while_an_operator_copies)
     with pytest.raises(Conflict, match="changed by someone else"):
         put(server, snapshot(work, 2))
     assert (server / SPEC.live_file).read_bytes() == foreign
     assert temps(server) == []
     assert backups(SPEC, server) == []
+
+
+@pytest.fixture
+def staged_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large files are: the copy begins before the live file is hashed."""
+    monkeypatch.setattr("muse_assets.publishing.deploying._WORTH_A_THREAD", 0)
+
+
+@pytest.mark.usefixtures("staged_in_a_thread")
+def test_a_copy_that_is_staged_meanwhile_goes_live_or_goes(work: Path, server: Path) -> None:
+    first, second, third = (snapshot(work, seed) for seed in (1, 2, 3))
+    put(server, first)
+    put(server, second)
+    assert_sound(server)
+    before = contents(server)
+    with pytest.raises(PermanentFailure, match="older than"):
+        put(server, (third[0], replace(third[1], partition="2026-01-01")))
+    with pytest.raises(PermanentFailure, match="is damaged"):
+        put(server, (first[0], replace(third[1], size=first[1].size)))
+    assert put(server, second).already_live
+    assert contents(server) == before
+    assert temps(server) == []
+
+
+@pytest.mark.usefixtures("staged_in_a_thread")
+def test_a_refusal_is_told_before_a_copy_that_failed(
+    work: Path, server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(server, snapshot(work, 1))
+    before, (path, manifest) = contents(server), snapshot(work, 2)
+
+    def on_a_full_disk(*_: object, **__: object) -> durable_files.Staged:
+        raise PassingFailure("the disk is full", next_step="free space there")
+
+    monkeypatch.setattr("muse_assets.publishing.deploying.stage_copy", on_a_full_disk)
+    with pytest.raises(PermanentFailure, match="older than"):
+        put(server, (path, replace(manifest, partition="2026-01-01")))
+    with pytest.raises(PassingFailure, match="full"):
+        put(server, (path, manifest))
+    assert contents(server) == before
+
+
+def test_a_disk_that_gives_back_other_bytes_is_told_from_a_damaged_snapshot(
+    work: Path, server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(server, snapshot(work, 1))
+    before, (path, manifest) = contents(server), snapshot(work, 2)
+
+    def on_a_bad_disk(target: Path, _source: Path, *, expected_size: int) -> durable_files.Staged:
+        return durable_files.stage_copy(target, snapshot(work, 3)[0], expected_size=expected_size)
+
+    monkeypatch.setattr("muse_assets.publishing.deploying.stage_copy", on_a_bad_disk)
+    write_manifest(work, manifest)
+    with pytest.raises(PassingFailure, match="reads back differently"):
+        put(server, (path, manifest))
+    assert contents(server) == before
+
+
+def test_a_stamp_holds_until_the_file_is_written_or_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"bytes")
+    _, young = durable_files.stamped_sha256(path)
+    assert not durable_files.is_untouched(path, young), "a write in the same tick would not show"
+    monkeypatch.setattr(durable_files, "_SETTLED_SECONDS", 0.1)
+    time.sleep(0.2)
+    _, stamp = durable_files.stamped_sha256(path)
+    assert durable_files.is_untouched(path, stamp)
+    path.rename(tmp_path / "renamed")
+    assert durable_files.is_untouched(tmp_path / "renamed", stamp)
+    assert not durable_files.is_untouched(path, stamp)
+    path.write_bytes(b"bytes")
+    assert not durable_files.is_untouched(path, stamp)
+    (tmp_path / "renamed").write_bytes(b"other")
+    assert not durable_files.is_untouched(tmp_path / "renamed", stamp)
+
+
+def test_a_stamp_of_a_file_whose_time_was_set_back_is_not_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"bytes")
+    os.utime(path, (0, 0))
+    assert not durable_files.stamped_sha256(path)[1].settled
 
 
 # --- reloading

@@ -24,13 +24,14 @@ from muse_assets.assets.metadata import (
 from muse_assets.catalog import Catalog, IndexSpec
 from muse_assets.failures import MuseError, PermanentFailure
 from muse_assets.manifest import read_manifest
-from muse_assets.partitions import DAYS, DEADLINE, SEOUL, seoul_today
+from muse_assets.partitions import DAYS
 from muse_assets.playlists.songs import Layout, song_titles
 from muse_assets.publishing.backups import backups
 from muse_assets.publishing.deploying import Deployment, deploy, rollback
 from muse_assets.publishing.live import live_file
 from muse_assets.publishing.pinning import read_pin
 from muse_assets.resources import Database, ProgressLog, ServerDirectory, WorkDirectory
+from muse_assets.seoul_time import DEADLINE, SEOUL, seoul_today
 from muse_assets.snapshots.building import build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
 from muse_assets.snapshots.gate import DESCRIPTIONS, WARNING_ONLY, GateFailed
@@ -278,12 +279,13 @@ def _deployed(spec: IndexSpec) -> dg.AssetsDefinition:
             context.log.info(f"retention removed {len(removed)} files from {work}")
         return dg.MaterializeResult(
             metadata={
+                # First, for the page's first screen: freshness passes for an index that was put back too.
+                "pinned": pin is not None,
+                **({"pin": pin.describe()} if pin else {}),
+                "rollback": config.rollback,
                 **deployment_metadata(
                     deployment, manifest, replaced, len(backups(spec, server)), str(server / spec.live_file)
                 ),
-                "rollback": config.rollback,
-                "pinned": pin is not None,
-                **({"pin": pin.describe()} if pin else {}),
             },
             data_version=dg.DataVersion(deployment.sha256),
         )

@@ -75,6 +75,9 @@ for command in (
 
 def main() -> None:
     """Entry point of the `muse` script."""
-    # `kill`, systemd and cron's time-outs end a command as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # `kill`, systemd and cron's time-outs end a command as Ctrl-C does. SIGINT too: a script's `muse run &`
+    # finds it ignored, Dagster gives SIGTERM the same, and the end of each step then waits 60 s for two
+    # helper processes that SIGTERM does not end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(cli())

@@ -28,7 +28,7 @@ def adopt(index: str) -> None:
     from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.running import progress
     from muse_assets.connections.databases import engine_for
-    from muse_assets.partitions import SEOUL
+    from muse_assets.seoul_time import SEOUL
     from muse_assets.snapshots.adopting import adopt as take_over
 
     settings = read_settings()

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from muse_assets.manifest import Manifest
-from muse_assets.partitions import DAILY_BUILD, DEADLINE, SEOUL, due_day
 from muse_assets.publishing.live import ADOPTED, LiveFile
 from muse_assets.publishing.pinning import Pin
+from muse_assets.seoul_time import DAILY_BUILD, DEADLINE, SEOUL, due_day
 from muse_assets.snapshots.gate import ID_PARITY
 
 FRESH, EXACT = "fresh", "yes"

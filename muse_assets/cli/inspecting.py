@@ -59,7 +59,7 @@ def info(names: tuple[str, ...]) -> None:
     from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.index_status import answer
     from muse_assets.cli.summary import show_rows, terminal
-    from muse_assets.partitions import SEOUL
+    from muse_assets.seoul_time import SEOUL
 
     settings, now = read_settings(), datetime.now(SEOUL)
     catalog = settings.load_catalog()

@@ -83,7 +83,7 @@ def launch(
         run_config={**(run_config or {}), **quiet},
         raise_on_error=False,
         run_id=run_id,
-        tags={"muse/from": "command line", **this_process()},
+        tags={"muse/from": "command line", **_index_tag(assets), **this_process()},
     )
     try:
         _show_retries(instance, run_id, future)
@@ -107,6 +107,12 @@ def launch(
             if event.asset_key
         },
     )
+
+
+def _index_tag(assets: Sequence[dg.AssetKey]) -> dict[str, str]:
+    """As the schedule's and the sensor's runs have it, for the list of runs; none outside the lanes."""
+    indexes = {key.path[0] for key in assets if len(key.path) == 2}
+    return {"muse/index": indexes.pop()} if len(indexes) == 1 else {}
 
 
 def _show_retries(instance: dg.DagsterInstance, run_id: str, run: Future[Any]) -> None:

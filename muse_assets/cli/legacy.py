@@ -121,7 +121,7 @@ def _build(model: str, legacy_type: str, dimension: int, source: Path, output: P
     from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.verb_log import verb_log
     from muse_assets.connections.databases import engine_for
-    from muse_assets.partitions import seoul_today
+    from muse_assets.seoul_time import seoul_today
 
     settings, output = read_settings(), output.resolve()
     with verb_log(settings) as log:

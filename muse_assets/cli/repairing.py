@@ -184,7 +184,7 @@ class _Repairs:
     def _build(self, *, rebuild: bool) -> None:
         from muse_assets.assets.index_lane import cluster_key, index_key
         from muse_assets.automation import DAILY, REBUILD
-        from muse_assets.partitions import seoul_today
+        from muse_assets.seoul_time import seoul_today
 
         keys = [cluster_key(self.spec)] * rebuild + [index_key(self.spec)]
         self._launch(REBUILD if rebuild else DAILY, keys, partition=seoul_today().isoformat())

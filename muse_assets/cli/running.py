@@ -85,11 +85,14 @@ def sample(songs: int, days: int, url: str | None, seed: int) -> None:
     with progress() as report:
         if days:
             written = write_days(embeddings, playlists, catalog, days=days, on_progress=report)
-            summary.show_sample_days(console, written)
         else:
             write = write_embedded_sample if settings.embedded_databases and not url else write_sample
             done = write(embeddings, playlists, catalog, songs=songs, seed=seed, on_progress=report)
-            summary.show_sample(console, done)
+    # After the bar has gone: it would stay in front of the first line.
+    if days:
+        summary.show_sample_days(console, written)
+    else:
+        summary.show_sample(console, done)
 
 
 @click.command()
@@ -185,8 +188,8 @@ def _build_and_deploy(
     from muse_assets.assets.index_lane import cluster_key, deployed_key, index_key
     from muse_assets.automation import DAILY, DEPLOY, REBUILD
     from muse_assets.cli.launching import Outcome, launch
-    from muse_assets.partitions import seoul_today
     from muse_assets.publishing.pinning import read_pin
+    from muse_assets.seoul_time import seoul_today
 
     today = seoul_today().isoformat()
     # As the deploy sensor does: what an operator pinned is built, and stays as it is.

@@ -24,7 +24,7 @@ def verb_log(settings: Settings) -> Iterator[logging.Logger]:
     the file cannot be written.
     """
     from muse_assets.dated_logs import dated_log
-    from muse_assets.partitions import SEOUL
+    from muse_assets.seoul_time import SEOUL
 
     context = click.get_current_context()
     verb = context.info_name or ""

@@ -57,7 +57,7 @@ def refresh(
     with explained(client, f"reading the playlist of {program.id}"):
         held = client.mget(list(keys.values()))
     before = {index: _parsed(value) for index, value in zip(ids, held, strict=True)}
-    after = {index: [int(id_) for id_ in found] for index, found in ids.items()}
+    after: dict[str, list[int]] = {index: found.tolist() for index, found in ids.items()}
     counts = {index: len(found) for index, found in after.items()}
     previous = {index: None if found is None else len(found) for index, found in before.items()}
     if not confirm_shrink:
@@ -88,7 +88,7 @@ def _parsed(value: object) -> list[int] | None:
         found = json.loads(value) if isinstance(value, bytes) else None
     except ValueError:
         return None
-    return found if isinstance(found, list) and all(type(id_) is int for id_ in found) else None
+    return found if isinstance(found, list) and set(map(type, found)) <= {int} else None
 
 
 def _refuse_losses(

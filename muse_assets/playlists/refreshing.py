@@ -6,7 +6,9 @@ Here: the order of the three steps. Not here: the steps (`songs.py`, `ids.py`, `
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import redis
 from sqlalchemy import Engine
@@ -18,6 +20,9 @@ from muse_assets.failures import PermanentFailure
 from muse_assets.playlists.cache import Refresh, refresh
 from muse_assets.playlists.ids import index_ids
 from muse_assets.playlists.songs import Layout, program_songs, song_table
+
+# The database scans one table while another's keys are matched here.
+_TABLES_AT_ONCE = 2
 
 
 def refresh_program(
@@ -47,7 +52,9 @@ def refresh_program(
             f"{describe_url(playlist_engine)}. Nothing was written.",
             next_step="fill that table, or correct MUSE_PLAYLIST_LAYOUT and MUSE_PLAYLIST_DB_URL.",
         )
-    ids = {spec.name: index_ids(embedding_engine, spec, songs) for spec in catalog.indexes}
+    with ThreadPoolExecutor(_TABLES_AT_ONCE) as threads:
+        found = threads.map(partial(index_ids, embedding_engine, songs=songs), catalog.indexes)
+        ids = {spec.name: of_index for spec, of_index in zip(catalog.indexes, found, strict=True)}
     result = refresh(
         client, program, ids, now=time.time() if now is None else now, confirm_shrink=confirm_shrink
     )

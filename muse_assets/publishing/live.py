@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 from muse_assets.catalog import IndexSpec
-from muse_assets.durable_files import file_sha256
+from muse_assets.durable_files import Stamp, stamped_sha256
 from muse_assets.failures import PermanentFailure
 from muse_assets.manifest import Manifest, read_manifest
 from muse_assets.publishing.layout import explained, manifest_folder
@@ -25,13 +25,14 @@ class LiveFile:
     manifest: None when the bytes are damaged or were edited: this directory has manifests of the index,
     but none for these bytes. In a directory without any, the file is the legacy's and is adopted: its
     manifest (mode "adopted") holds what FAISS reads in it, and the earliest date there is, for nobody
-    knows the file's day.
+    knows the file's day. stamp: when it was hashed; None if nobody did.
     """
 
     path: Path
     sha256: str
     size: int
     manifest: Manifest | None
+    stamp: Stamp | None = None
 
     @property
     def damaged(self) -> bool:
@@ -44,14 +45,14 @@ def live_file(server: Path, spec: IndexSpec) -> LiveFile | None:
     path = server / spec.live_file
     with explained(f"Index {spec.name}", server):
         try:
-            sha256, size = file_sha256(path), path.stat().st_size
+            sha256, stamp = stamped_sha256(path)
         except FileNotFoundError:
             return None
         manifest = read_manifest(server, spec.name, sha256)
         if manifest is None and not any(manifest_folder(server, spec.name).glob("*.json")):
-            manifest = _adopted(spec, path, sha256, size)
-    # Of the bytes that were hashed: the file may have been truncated by someone's cp since.
-    return LiveFile(path, sha256, manifest.size if manifest else size, manifest)
+            manifest = _adopted(spec, path, sha256, stamp.size)
+    # Of the bytes that were hashed: someone's cp may have truncated the file just after it was opened.
+    return LiveFile(path, sha256, manifest.size if manifest else stamp.size, manifest, stamp)
 
 
 def _adopted(spec: IndexSpec, path: Path, sha256: str, size: int) -> Manifest | None:

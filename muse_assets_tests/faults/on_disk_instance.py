@@ -20,10 +20,10 @@ import redis
 from muse_assets.catalog import CATALOG
 from muse_assets.durable_files import file_sha256
 from muse_assets.manifest import identify
-from muse_assets.partitions import seoul_today
 from muse_assets.playlists.ids import index_ids
 from muse_assets.playlists.songs import program_songs
 from muse_assets.publishing.backups import backups, is_intact
+from muse_assets.seoul_time import seoul_today
 from muse_assets.snapshots.building import build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
 from muse_assets_tests.faults.warm_process import Child, Step, WarmProcess, warm_process

@@ -21,7 +21,7 @@ from muse_assets.durable_files import file_sha256
 from muse_assets.ivfpq.contents import trained_fingerprint
 from muse_assets.ivfpq.files import read_index
 from muse_assets.manifest import identify, manifest_path
-from muse_assets.partitions import seoul_today
+from muse_assets.seoul_time import seoul_today
 from muse_assets.snapshots.building import build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
 from muse_assets.snapshots.store import state_path

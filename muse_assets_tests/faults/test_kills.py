@@ -21,8 +21,8 @@ import pytest
 
 from muse_assets.assets.run_processes import PROCESS_TAG
 from muse_assets.durable_files import file_sha256
-from muse_assets.partitions import seoul_today
 from muse_assets.publishing.backups import Backup, backups
+from muse_assets.seoul_time import seoul_today
 from muse_assets_tests.faults.conftest import Times
 from muse_assets_tests.faults.ledger import Injecting, Ledger
 from muse_assets_tests.faults.on_disk_instance import (

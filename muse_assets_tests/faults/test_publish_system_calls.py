@@ -6,7 +6,11 @@ disks and size limits (`test_server_directory.py`), readers meanwhile (`test_rea
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +42,8 @@ from muse_assets_tests.server_directories import (
     SPEC,
     assert_sound,
     contents,
+    ended,
+    in_child,
     live,
     put,
     snapshot,
@@ -107,6 +113,29 @@ def test_a_publish_killed_at_each_system_call(injecting: Injecting, times: Times
                 shutil.rmtree(server)
         # Kills fell on both sides of the rename.
         assert outcomes == {bench.old, bench.new}
+
+
+@pytest.mark.parametrize("bench", [Publish(one_deploy, 3), Publish(with_backup, 3)], indirect=True)
+def test_a_publish_that_stages_in_a_thread_killed_at_any_moment(
+    injecting: Injecting, times: Times, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # strace counts the calls of each thread by itself, so these kills fall by the clock.
+    monkeypatch.setattr("muse_assets.publishing.deploying._WORTH_A_THREAD", 0)
+    started = time.monotonic()
+    bench.run(bench.fresh("undisturbed"))
+    took, choose = time.monotonic() - started, random.Random(1)
+    with injecting("1", "SIGKILL at any moment of a publish that stages in a thread") as ledger:
+        for number in range(times(10, 200)):
+            with ledger.injection(f"{bench.publish.name}, {number}"):
+                server = bench.fresh(f"killed_{number}")
+                pid = in_child(lambda server=server: bench.run(server))  # type: ignore[misc]
+                time.sleep(choose.uniform(0, took))
+                os.kill(pid, signal.SIGKILL)
+                assert ended(pid) in (-9, 0)
+                assert_served(bench, server)
+                with ledger.recovery():
+                    heal(bench, server)
+                shutil.rmtree(server)
 
 
 def names(paths: Iterable[Path], server: Path) -> set[Path]:

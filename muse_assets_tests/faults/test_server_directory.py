@@ -42,6 +42,7 @@ from muse_assets_tests.server_directories import (
 )
 
 _PAGE = 4096
+_AGE_SECONDS = 0.1  # some ticks of the clock that stamps files
 
 
 @pytest.fixture
@@ -355,10 +356,23 @@ def deploy_at(server: Path, taken: tuple[Path, object], at: float) -> None:
         raise RuntimeError(str(error)) from error
 
 
+@pytest.mark.parametrize("aged", [False, True], ids=["of_this_minute", "aged"])
 @pytest.mark.parametrize("manner", ["cp", "mv"])
 def test_a_rivals_copy_over_the_live_file_during_a_deploy(
-    injecting: Injecting, times: Times, work: Path, server: Path, manner: str
+    injecting: Injecting,
+    times: Times,
+    work: Path,
+    server: Path,
+    manner: str,
+    aged: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """aged: the live file has not been written for a while, so its stamp is asked and not its bytes, and the
+    copy is staged in a thread, as in a day's deploy of a large file.
+    """
+    if aged:
+        monkeypatch.setattr("muse_assets.durable_files._SETTLED_SECONDS", _AGE_SECONDS)
+        monkeypatch.setattr("muse_assets.publishing.deploying._WORTH_A_THREAD", 0)
     # 20,000 rows, so that there is time to meet in.
     first, second = (snapshot(work, seed, rows=20_000) for seed in (1, 2))
     known, unknown = (snapshot(work, seed, rows=20_000) for seed in (3, 4))
@@ -375,6 +389,8 @@ def test_a_rivals_copy_over_the_live_file_during_a_deploy(
                 kept = {path.name: digest for path, digest in backups_of(server).items()}
                 staged = server.parent / "rival.index"
                 shutil.copyfile(rival[0], staged)
+                if aged:
+                    time.sleep(2 * _AGE_SECONDS)
                 pid = in_child(lambda wanted=wanted: deploy_or_conflict(server, wanted))  # type: ignore[misc]
                 time.sleep(choose.uniform(0, 0.015))
                 subprocess.run([manner, staged, server / SPEC.live_file], check=True)

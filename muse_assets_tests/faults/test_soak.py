@@ -26,10 +26,10 @@ from muse_assets.connections.redis_server import connect
 from muse_assets.durable_files import file_sha256
 from muse_assets.ivfpq.contents import list_ids
 from muse_assets.ivfpq.files import read_index
-from muse_assets.partitions import SEOUL, seoul_today
 from muse_assets.playlists.refreshing import refresh_program
 from muse_assets.publishing.deploying import deploy
 from muse_assets.sample import write_days
+from muse_assets.seoul_time import SEOUL, seoul_today
 from muse_assets.snapshots.building import build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
 from muse_assets.snapshots.store import prune
