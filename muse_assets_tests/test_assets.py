@@ -397,15 +397,15 @@ def test_an_index_that_fails_its_gate_is_recorded_and_discarded(small: Installat
     small.rebuild(INDEX)
     before = small.server_files()
     _grow(small)
-    strict = small.with_settings(catalog=_overrides(small, recall_gate=1.0))
+    strict = small.with_settings(catalog=_overrides(small, max_imbalance=1.0))
 
     ran = strict.build(INDEX, DAY_TWO)
 
-    assert ran.checks == {**dict.fromkeys(DESCRIPTIONS, True), "recall_at_10": False}
+    assert ran.checks == {**dict.fromkeys(DESCRIPTIONS, True), "list_balance": False}
     assert ran.materialized == []
     assert ran.retries == 0
-    assert "failed its gate and was discarded: recall_at_10:" in ran.failure
-    assert "gate 1.00" in ran.failure
+    assert "failed its gate and was discarded: list_balance: imbalance 1." in ran.failure
+    assert "limit 1.0" in ran.failure
     assert "Next: see the checks" in ran.failure
     assert small.server_files() == before
     assert _snapshot_files(small) == [f"muse_{INDEX}_20260101.index"]

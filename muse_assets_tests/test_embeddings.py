@@ -28,7 +28,9 @@ from muse_assets.embeddings.digests import (
     changed_buckets,
     digest_rows,
     empty_digests,
+    join_digests,
     read_digests,
+    steps,
 )
 from muse_assets.embeddings.reading import (
     Bounds,
@@ -282,6 +284,53 @@ def test_decoding_a_page_equals_decoding_row_by_row(payloads: list[Payload]) -> 
         np.testing.assert_array_equal(vector, np.zeros(D, np.float32) if wanted is None else wanted)
 
 
+@pytest.mark.parametrize("usual_share", [0.0, 0.5, 0.99, 1.0])
+def test_a_page_of_many_blocks_equals_row_by_row(usual_share: float) -> None:
+    random = np.random.default_rng(7)
+    odd: list[Payload] = [
+        None,
+        "text",
+        b"",
+        GOOD[:-4],
+        GOOD + b"\0",
+        npy(VECTOR.astype(">f8")),
+        npy(VECTOR.astype("<f2")[None, :]),
+        npy_version(2 * VECTOR, (2, 0)),
+        npy(VECTOR.astype(np.int32)),
+        npy(np.full(D, np.nan, np.float32)),
+        npy(np.zeros(D, np.float32)),
+        b"\x93NUMPY" + GOOD[6:].replace(b"<f4", b"<i4"),
+    ]
+    payloads = [
+        npy(random.standard_normal(D).astype(np.float32))
+        if random.random() < usual_share
+        else odd[random.integers(len(odd))]
+        for _ in range(1500)
+    ]
+    together = decode(payloads, D, "npy")
+    for row, payload in enumerate(payloads):
+        vector, reason = decode_one(payload)
+        assert reason == together.reasons[row]
+        np.testing.assert_array_equal(vector, together.vectors[row])
+        wanted = slow_vector(payload)
+        assert (wanted is None) == (reason != Reason.OK)
+        np.testing.assert_array_equal(vector, 0 if wanted is None else wanted)
+
+
+@pytest.mark.parametrize("dimension", [2, 512, 1024])
+@pytest.mark.parametrize(("square", "reason"), [(1e-24, Reason.ZERO), (1e37, Reason.NOT_FINITE)])
+def test_the_limits_of_a_norm_are_exact(dimension: int, square: float, reason: Reason) -> None:
+    """Whether a row passes is decided in float64, however its squares are summed at first."""
+    at_limit = np.full(dimension, np.sqrt(square / dimension), np.float32)
+    steps = (1 + np.arange(-40, 41) * 2.0**-23).astype(np.float32)
+    vectors = [at_limit * step for step in (*steps, np.float32(0.5), np.float32(0.99), np.float32(1.5))]
+    exact = [np.square(vector, dtype=np.float64).sum() for vector in vectors]
+    rejected = [(e < square) if reason == Reason.ZERO else (e > square) for e in exact]
+    assert 5 < sum(rejected) < len(rejected) - 5
+    found = decode([npy(vector) for vector in vectors], dimension, "npy").reasons
+    assert [Reason(r) for r in found] == [reason if no else Reason.OK for no in rejected]
+
+
 def test_normalizing_leaves_rejected_rows_alone() -> None:
     decoded: Decoded = decode([npy(3 * VECTOR), None, npy(np.zeros(D))], D, "npy", normalize=True)
     np.testing.assert_allclose(np.linalg.norm(decoded.vectors, axis=1), [1, 0, 0], rtol=1e-6)
@@ -401,14 +450,30 @@ def test_a_swap_is_seen_by_the_database(engine: Engine) -> None:
 
 
 def test_replacing_and_selecting_buckets() -> None:
-    rows: dict[int, Payload] = {idx: bytes([idx]) for idx in range(1, 100)}
+    rows: dict[int, Payload] = {idx: bytes([idx]) for idx in range(1, 4 * BUCKET_ROWS)}
     whole = row_digests(rows)
-    moved = row_digests(dict.fromkeys(range(32, 64), b"new"))
+    moved = row_digests(dict.fromkeys(range(BUCKET_ROWS, 2 * BUCKET_ROWS), b"new"))
     updated = whole.replaced(np.array([1]), moved)
     assert changed_buckets(whole, updated).tolist() == [1]
     assert_equal(updated.select(np.array([1])), moved)
     assert whole.replaced(np.array([1]), empty_digests()).bucket.tolist() == [0, 2, 3]
-    assert whole.total_rows == 99
+    assert whole.total_rows == 4 * BUCKET_ROWS - 1
+
+
+def test_digests_of_steps_join_to_that_of_the_whole(engine: Engine) -> None:
+    step = 8192 * BUCKET_ROWS
+    rows: dict[int, Payload] = {
+        idx: b"%d" % idx for at in (5, step - 2, 2 * step) for idx in range(at, at + 40)
+    }
+    put_rows(engine, SMALL, rows)
+    bound = Bounds(5, 2 * step + 30)
+    parts = list(steps(bound))
+    assert [part.low for part in parts] == [5, step, 2 * step]
+    with connected(engine, "testing") as connection:
+        whole = read_digests(connection, SMALL, [bound])
+        apart = join_digests(read_digests(connection, SMALL, [part]) for part in reversed(parts))
+    assert_equal(whole, row_digests(rows, bound.high))
+    assert_equal(apart, whole)
 
 
 # Reading

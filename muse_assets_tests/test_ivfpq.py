@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +26,11 @@ from muse_assets.ivfpq.contents import (
     sort_lists,
     trained_fingerprint,
 )
-from muse_assets.ivfpq.encoding import BLOCK_ROWS, encode_all, encoder, fill, split_codes
+from muse_assets.ivfpq.encoding import BLOCK_ROWS, encode_all, encoder, fill, fused_dimensions, split_codes
 from muse_assets.ivfpq.files import describe, ntotal_field, read_index, write_index
-from muse_assets.ivfpq.quality import (
-    ProbeCurve,
-    choose_nprobe,
-    imbalance,
-    measure_probes,
-    probe_ladder,
-    reencoded_wrongly,
-)
+from muse_assets.ivfpq.kmeans import Patience, refine
+from muse_assets.ivfpq.probing import ProbeCurve, choose_nprobe, measure_probes, probe_ladder
+from muse_assets.ivfpq.quality import imbalance, reencoded_wrongly
 from muse_assets.ivfpq.training import choose_nlist, train, training_rows
 from muse_assets_tests.embedding_rows import unit_vectors
 
@@ -88,7 +86,10 @@ def near_ties(dimension: int, m: int, nlist: int) -> Any:
     return index
 
 
-@pytest.mark.parametrize(("dimension", "m"), [(512, 64), (1024, 64), (256, 8), (32, 8)])
+@pytest.mark.parametrize(
+    ("dimension", "m"),
+    [(512, 64), (1024, 64), (256, 8), (32, 8), (16, 8), (8, 8), (24, 8), (320, 8), (512, 8)],
+)
 def test_a_code_depends_on_the_row_alone(dimension: int, m: int) -> None:
     """In another order, company, batch or thread: an incremental index could not equal a full one else."""
     index = near_ties(dimension, m, nlist=8)
@@ -117,6 +118,77 @@ def test_a_code_depends_on_the_row_alone(dimension: int, m: int) -> None:
     faiss.omp_set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dimension", range(1, 33))
+def test_the_fused_kernel_keeps_a_row_to_itself(dimension: int) -> None:
+    """What `encoding` relies on: one distance to the bit, in every place of a block of any size."""
+    if dimension > fused_dimensions():
+        pytest.skip("no kernel for this dimension at this SIMD level")
+    random = np.random.default_rng(dimension)
+    words = random.standard_normal((256, dimension)).astype(np.float32)
+    words[128:] = words[:128] * (1 + 1e-7 * random.standard_normal((128, dimension)))
+    between = (words[random.integers(0, 256, 60)] + words[random.integers(0, 256, 60)]) / 2
+    distinct = np.concatenate([words[::16], between, random.standard_normal((40, dimension))])
+    distinct = distinct.astype(np.float32)
+    nearest = faiss.IndexFlatL2(dimension)
+    nearest.add(words)
+    seen: dict[int, tuple[bytes, int]] = {}
+    with encoder(trained()):
+        for rows in (1, 7, 24, 1019, BLOCK_ROWS, BLOCK_ROWS):
+            kinds = random.integers(0, len(distinct), rows)
+            distances, found = nearest.search(distinct[kinds], 1)
+            for kind, distance, word in zip(kinds.tolist(), distances[:, 0], found[:, 0], strict=True):
+                answer = (distance.tobytes(), int(word))
+                assert seen.setdefault(kind, answer) == answer
+    assert len(seen) == len(distinct)
+
+
+@pytest.mark.skipif(fused_dimensions() < 32, reason="this machine has no other kernels than these tests use")
+def test_codes_depend_on_the_row_alone_without_avx512() -> None:
+    these = "depends_on_the_row_alone or fused_kernel"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", these, __file__]
+    environment = {**os.environ, "FAISS_SIMD_LEVEL": "AVX2"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stdout
+    assert "16 skipped" in run.stdout, "FAISS took no notice of the SIMD level asked for"
+
+
+def quantizer_with(nbits: int = 8, nlist: int = 16, *, by_residual: bool = True, hnsw: bool = False) -> Any:
+    quantizer = faiss.IndexHNSWFlat(32, 16) if hnsw else faiss.IndexFlatL2(32)
+    index = faiss.IndexIVFPQ(quantizer, 32, nlist, 8, nbits)
+    index.by_residual = by_residual
+    index.own_fields = True
+    quantizer.this.disown()
+    index.cp.niter = index.pq.cp.niter = 2
+    index.train(unit_vectors(12_000))
+    return index
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        partial(trained, 32, 8),
+        partial(trained, 512, 64),
+        partial(trained, 1024, 64),
+        partial(trained, 320, 8),
+        partial(quantizer_with, nbits=4),
+        partial(quantizer_with, nbits=6),
+        partial(quantizer_with, nlist=1),
+        partial(quantizer_with, nlist=300),
+        partial(quantizer_with, by_residual=False),
+        partial(quantizer_with, hnsw=True),
+    ],
+)
+def test_vectors_are_encoded_as_faiss_does(index: Any) -> None:
+    made = index()
+    vectors = unit_vectors(3000, seed=5, dimension=made.d)
+    ours, by_faiss = encode_all(made, vectors), made.sa_encode(vectors)
+    assert ours.dtype == np.uint8
+    assert ours.shape == by_faiss.shape
+    assert (ours == by_faiss).mean() > 0.9999
+    errors = [np.square(vectors - made.sa_decode(codes)).sum(dtype=np.float64) for codes in (ours, by_faiss)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+
+
 def test_filling_equals_adding_one_by_one_and_by_faiss() -> None:
     vectors, ids = unit_vectors(600), np.arange(600, dtype=np.int64) * 3
     together, singly, by_faiss = trained(), trained(), trained()
@@ -131,12 +203,23 @@ def test_filling_equals_adding_one_by_one_and_by_faiss() -> None:
         assert faiss.serialize_index(other).tobytes() == faiss.serialize_index(together).tobytes()
 
 
+def settings_of_faiss() -> tuple[int, int, int]:
+    return (
+        faiss.cvar.product_quantizer_compute_codes_bs,
+        faiss.cvar.distance_compute_blas_threshold,
+        faiss.InterruptCallback.get_period_hint(10**9),  # 2**30 where FAISS does not look for an interrupt
+    )
+
+
 def test_filling_leaves_the_process_as_it_was() -> None:
-    before = faiss.cvar.product_quantizer_compute_codes_bs
-    index = trained()
-    with pytest.raises(RuntimeError, match="the source broke"):
-        fill(index, _broken_batches())
-    assert faiss.cvar.product_quantizer_compute_codes_bs == before
+    before = settings_of_faiss()
+    with encoder(trained()):
+        under_way = settings_of_faiss()
+        with pytest.raises(RuntimeError, match="the source broke"):
+            fill(trained(), _broken_batches())
+        assert settings_of_faiss() == under_way, "another encoder is at work"
+    assert under_way[2] == 2**30
+    assert settings_of_faiss() == before != under_way
 
 
 def _broken_batches() -> Iterator[tuple[Any, Any]]:
@@ -321,6 +404,60 @@ def test_training_is_silent_and_deterministic(rows: int, capfd: pytest.CaptureFi
     assert runs[0].rows == rows
     assert "product quantizer" in stages[-1]
     assert 0 <= runs[0].coarse_error <= 1
+
+
+def test_training_depends_on_the_sample_and_seed_alone() -> None:
+    """Not on the number of threads, nor on whether the rows are a view."""
+    vectors = unit_vectors(6000)
+    prints = {trained_fingerprint(train(vectors, nlist=64, m=8).index)}
+    threads = faiss.omp_get_max_threads()
+    for wanted in (1, 3):
+        faiss.omp_set_num_threads(wanted)
+        prints.add(trained_fingerprint(train(vectors, nlist=64, m=8).index))
+    faiss.omp_set_num_threads(threads)
+    view = np.repeat(vectors, 2, axis=0)[::2]
+    prints.add(trained_fingerprint(train(view, nlist=64, m=8).index))
+    assert len(prints) == 1
+
+
+def test_training_ends_level_with_faiss() -> None:
+    """Squared errors of unseen rows: the coarse one, and that of the whole code."""
+    vectors = unit_vectors(30_000, dimension=64)
+    sample, unseen = vectors[:20_000], vectors[20_000:]
+    ours = train(sample, nlist=150, m=8).index
+    by_faiss = faiss.index_factory(64, "IVF150,PQ8np")
+    by_faiss.train(sample)
+    errors = []
+    for index in (ours, by_faiss):
+        coarse = index.quantizer.search(unseen, 1)[0].mean()
+        decoded = index.sa_decode(index.sa_encode(unseen))
+        errors.append((coarse, np.square(decoded - unseen).sum(axis=1).mean()))
+    assert errors[0][0] < 1.02 * errors[1][0]
+    assert errors[0][1] < 1.02 * errors[1][1]
+
+
+def test_k_means_goes_on_where_most_rows_are_equal() -> None:
+    """Most centroids begin on equal rows and are left without any: each splits a list that has some."""
+    random = np.random.default_rng(1)
+    rows = unit_vectors(400, dimension=16)
+    rows = np.concatenate([np.repeat(rows[:1], 3600, axis=0), rows])[random.permutation(4000)]
+    found = refine(rows, rows[:64], Patience(steps=20, rounds=3, tolerance=0), probe_rows=1000)
+    assert found.centroids.shape == (64, 16)
+    assert np.isfinite(found.centroids).all()
+    distances = faiss.knn(rows, found.centroids, 1)[0][:, 0]
+    assert found.errors[-1] == pytest.approx(distances.mean(), rel=0.01)
+    assert found.errors[-1] < 0.8 * faiss.knn(rows, rows[:64].copy(), 1)[0].mean()
+
+
+def test_k_means_ends_when_it_stops_paying() -> None:
+    rows = unit_vectors(4000, dimension=16)
+    patient, hasty = (
+        refine(rows, rows[:32], Patience(steps=30, rounds=1, tolerance=tolerance), probe_rows=500)
+        for tolerance in (0, 0.05)
+    )
+    assert len(hasty.errors) < len(patient.errors)
+    assert list(patient.errors[:-1]) == sorted(patient.errors[:-1], reverse=True)
+    np.testing.assert_array_equal(hasty.nearest, faiss.knn(rows, hasty.centroids, 1)[1][:, 0])
 
 
 def test_the_number_of_lists_follows_the_table() -> None:

@@ -228,7 +228,8 @@ def rows_facts(lane: Lane) -> Path:
         lambda lane: os.truncate(rows_facts(lane), 700),
         lambda lane: os.truncate(rows_facts(lane), 0),
         lambda lane: rows_facts(lane).write_bytes(b"junk"),
-        *(lambda lane, at=at: flip_a_byte(rows_facts(lane), at) for at in (0.01, 0.2, 0.5, 0.8, 0.97)),
+        # Not in the first 1 %: of a zip member's own header, readers pass some bytes over.
+        *(lambda lane, at=at: flip_a_byte(rows_facts(lane), at) for at in (0.03, 0.2, 0.5, 0.8, 0.97)),
     ],
 )
 def test_a_damaged_parent_means_a_full_build(sqlite_lane: Lane, harm: Callable[[Lane], None]) -> None:

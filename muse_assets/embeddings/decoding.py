@@ -3,14 +3,15 @@
 Here: bytes in, vectors and rejections out. Not here: fetching the bytes (`reading`).
 
 Database bytes are data, never code: a pickled npy payload is rejected, not loaded. Rows of a page nearly
-always share one npy header, so each distinct header is parsed once and the payloads are read as one block.
+always share one npy header: a row that begins like the one before is not parsed, and payloads that are
+alike are read as blocks.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -32,6 +33,9 @@ _HEADER_READERS = {
 _MIN_NORM = 1e-12
 # FAISS's squared distances are float32: from here on they could become infinite.
 _MAX_SQUARE = 1e37
+# Payloads joined at a time, so that the copy out of them reads the cache: 0.9 us a row of 512 floats, 1.3 of
+# 1024; a page of 4,096 joined at once took 2.8 and 4.4.
+_BLOCK_ROWS = 256
 
 
 class Reason(IntEnum):
@@ -57,15 +61,11 @@ def decode(
     payloads: Sequence[bytes | str | None], dimension: int, encoding: Encoding, normalize: bool = False
 ) -> Decoded:
     """Decode stored embeddings of `dimension` floats each; float16 and float64 are converted."""
-    vectors = np.zeros((len(payloads), dimension), np.float32)
-    reasons = np.zeros(len(payloads), np.uint8)
+    vectors = np.empty((len(payloads), dimension), np.float32)
     if encoding == "json":
-        for row, payload in enumerate(payloads):
-            reasons[row] = _decode_json(payload, vectors[row])
-    elif encoding == "float32":
-        _decode_blocks(payloads, [(0, np.dtype("<f4"))] * len(payloads), vectors, reasons)
+        reasons = np.array([_decode_json(p, row) for p, row in zip(payloads, vectors, strict=True)], np.uint8)
     else:
-        _decode_blocks(payloads, [_npy_layout(p, dimension) for p in payloads], vectors, reasons)
+        reasons = _decode_binary(payloads, vectors, _npy_layout if encoding == "npy" else _raw_layout)
     _reject_unusable(vectors, reasons)
     if normalize:
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -73,48 +73,80 @@ def decode(
     return Decoded(vectors, reasons)
 
 
-_Layout = tuple[int, np.dtype[Any]] | Reason
+@dataclass(frozen=True)
+class _Layout:
+    """A payload of one vector: `header`, then its numbers, `width` bytes in all."""
+
+    header: bytes
+    dtype: np.dtype[Any]
+    width: int
 
 
-def _decode_blocks(
+def _decode_binary(
     payloads: Sequence[bytes | str | None],
-    layouts: Sequence[_Layout],
     vectors: NDArray[np.float32],
-    reasons: NDArray[np.uint8],
+    layout_of: Callable[[bytes, int], _Layout | Reason],
+) -> NDArray[np.uint8]:
+    """Fill the rows of `vectors` (n, d) whose reasons (n,), which it returns, are OK."""
+    reasons = np.zeros(len(payloads), np.uint8)
+    groups: dict[_Layout, list[int]] = {}
+    header, width, rows = b"", -1, list[int]()
+    for row, payload in enumerate(payloads):
+        if not isinstance(payload, bytes):
+            reasons[row] = Reason.NULL if payload is None else Reason.UNREADABLE
+            continue
+        if len(payload) != width or not payload.startswith(header):
+            layout = layout_of(payload, vectors.shape[1])
+            if isinstance(layout, Reason):
+                reasons[row] = layout
+                continue
+            header, width, rows = layout.header, layout.width, groups.setdefault(layout, [])
+        rows.append(row)
+    for layout, rows in groups.items():
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            _copy_block(payloads, rows[start : start + _BLOCK_ROWS], layout, vectors)
+    return reasons
+
+
+def _copy_block(
+    payloads: Sequence[bytes | str | None],
+    rows: list[int],
+    layout: _Layout,
+    vectors: NDArray[np.float32],
 ) -> None:
-    dimension = vectors.shape[1]
-    groups: dict[tuple[int, np.dtype[Any]], list[int]] = {}
-    for row, (payload, layout) in enumerate(zip(payloads, layouts, strict=True)):
-        if payload is None:
-            reasons[row] = Reason.NULL
-        elif isinstance(layout, Reason) or isinstance(payload, str):
-            reasons[row] = layout if isinstance(layout, Reason) else Reason.UNREADABLE
-        elif len(payload) != layout[0] + dimension * layout[1].itemsize:
-            reasons[row] = Reason.WRONG_LENGTH
-        else:
-            groups.setdefault(layout, []).append(row)
-    for (offset, dtype), rows in groups.items():
-        block = b"".join(p for row in rows if isinstance(p := payloads[row], bytes))
-        width = offset + dimension * dtype.itemsize
-        table = np.frombuffer(block, np.uint8).reshape(len(rows), width)[:, offset:]
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = np.ascontiguousarray(table).view(dtype).astype(np.float32, copy=False)
-        if len(rows) == len(vectors):
-            vectors[:] = values
-        else:
-            vectors[rows] = values
+    block = b"".join([p for row in rows if isinstance(p := payloads[row], bytes)])
+    values = np.ndarray(
+        (len(rows), vectors.shape[1]),
+        layout.dtype,
+        block,
+        offset=len(layout.header),
+        strides=(layout.width, layout.dtype.itemsize),
+    )
+    unbroken = rows[-1] - rows[0] == len(rows) - 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        vectors[slice(rows[0], rows[-1] + 1) if unbroken else rows] = values
 
 
-def _npy_layout(payload: bytes | str | None, dimension: int) -> _Layout:
-    if not isinstance(payload, bytes) or payload[:6] != _MAGIC:
-        return Reason.NULL if payload is None else Reason.UNREADABLE
+def _raw_layout(payload: bytes, dimension: int) -> _Layout | Reason:
+    layout = _Layout(b"", np.dtype("<f4"), 4 * dimension)
+    return layout if len(payload) == layout.width else Reason.WRONG_LENGTH
+
+
+def _npy_layout(payload: bytes, dimension: int) -> _Layout | Reason:
+    if payload[:6] != _MAGIC:
+        return Reason.UNREADABLE
     start = 10 if payload[6:7] == b"\x01" else 12
     end = start + int.from_bytes(payload[8:start], "little")
-    return _parse_header(payload[:end], end, dimension) if end <= len(payload) else Reason.WRONG_LENGTH
+    if end > len(payload):
+        return Reason.WRONG_LENGTH
+    layout = _parse_header(payload[:end], dimension)
+    if isinstance(layout, _Layout) and len(payload) != layout.width:
+        return Reason.WRONG_LENGTH
+    return layout
 
 
 @lru_cache(maxsize=1024)
-def _parse_header(header: bytes, end: int, dimension: int) -> _Layout:
+def _parse_header(header: bytes, dimension: int) -> _Layout | Reason:
     stream = io.BytesIO(header)
     try:
         shape, _, dtype = _HEADER_READERS[npy_format.read_magic(stream)](stream)
@@ -122,7 +154,9 @@ def _parse_header(header: bytes, end: int, dimension: int) -> _Layout:
         return Reason.UNREADABLE
     if dtype.hasobject or dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
         return Reason.UNREADABLE
-    return (end, dtype) if _holds_one_vector(shape, dimension) else Reason.WRONG_LENGTH
+    if not _holds_one_vector(shape, dimension):
+        return Reason.WRONG_LENGTH
+    return _Layout(header, dtype, len(header) + dimension * dtype.itemsize)
 
 
 def _holds_one_vector(shape: tuple[int, ...], dimension: int) -> bool:
@@ -145,9 +179,12 @@ def _decode_json(payload: bytes | str | None, row: NDArray[np.float32]) -> Reaso
 
 def _reject_unusable(vectors: NDArray[np.float32], reasons: NDArray[np.uint8]) -> None:
     """FAISS drops a NaN row without a word and lets a zero vector be everyone's neighbor."""
+    usable = reasons == Reason.OK
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
-    good = reasons == Reason.OK
-    reasons[good & ~(squares <= _MAX_SQUARE)] = Reason.NOT_FINITE
-    reasons[good & (squares < _MIN_NORM**2)] = Reason.ZERO
+        # float32 is 5 times as fast as float64 and errs by 1 in 1,000 at most: doubt what is near a limit.
+        squares = np.einsum("ij,ij->i", vectors, vectors)
+        doubted = np.flatnonzero(usable & ~((squares > 2 * _MIN_NORM**2) & (squares < _MAX_SQUARE / 2)))
+        exact = np.einsum("ij,ij->i", vectors[doubted], vectors[doubted], dtype=np.float64)
+    reasons[doubted[~(exact <= _MAX_SQUARE)]] = Reason.NOT_FINITE
+    reasons[doubted[exact < _MIN_NORM**2]] = Reason.ZERO
     vectors[reasons != Reason.OK] = 0

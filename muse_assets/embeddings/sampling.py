@@ -64,8 +64,8 @@ def sample_vectors(
             if reason and (count := int((decoded.reasons == reason).sum())):
                 rejected[reason.name.lower()] = rejected.get(reason.name.lower(), 0) + count
         # Rows come in key order: the first of a round would be the oldest of the table.
-        usable = random.permutation(decoded.vectors[decoded.reasons == Reason.OK])[: target - done]
-        vectors[done : done + len(usable)] = usable
+        usable = random.permutation(np.flatnonzero(decoded.reasons == Reason.OK))[: target - done]
+        decoded.vectors.take(usable, axis=0, out=vectors[done : done + len(usable)], mode="clip")
         done += len(usable)
         on_rows(done, target)
         if done >= target:

@@ -2,9 +2,9 @@
 
 Here: the encoder and the fill. Not here: reading vectors or deciding which go in (`snapshots`).
 
-Python threads of one OpenMP thread each encode small blocks with transposed centroids: about 1.3 times
-`add_with_ids` at 512-d and 1.7 times at 1024-d a CPU-second, and kilobytes of scratch instead of 2.2 GB
-(at dsub 16 FAISS materializes n * 256 * m distances).
+Python threads of one OpenMP thread each encode small blocks. FAISS's own path takes, beside the matrix
+product with the centroids, 8 us a vector for the product code at 512-d (dsub 8) and 38 at 1024-d (dsub 16,
+where it materializes n * 256 * m distances: 2.2 GB); its fused nearest-neighbor kernel takes 7 and 11.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -26,19 +27,29 @@ from numpy.typing import NDArray
 # - every call has the same shape, padded with zeros;
 # - the two nearest centroids are looked up, which costs no more than one, and where they are too close to
 #   call the list is decided in float64;
-# - from dsub 16 on, where FAISS encodes through BLAS, blocks of 8 rows (one or two whole kernel tiles) gave
-#   one code for identical rows, blocks of 16 to 64 up to three; below, rows are encoded one by one anyway.
+# - residuals are differences, and the fused kernel keeps a row's arithmetic to itself: at each of its
+#   dimensions equal rows had equal distances to the bit in every place of blocks of 1 to 1,032 rows;
+# - without that kernel FAISS encodes: row by row below dsub 16, from there on through BLAS, where blocks of
+#   8 rows (one or two whole kernel tiles) gave one code for identical rows, of 16 to 64 up to three.
 BLOCK_ROWS = 1024
 _CODES_BLOCK = 8
-_DEFAULT_CODES_BLOCK = 262_144
 _TOO_CLOSE = 2e-6
+# faiss/utils/distances_fused: the largest dimension that has a kernel, by what the SIMD level begins with.
+_FUSED_DIMENSIONS = {"AVX512": 32, "AVX2": 16}
 
 Encode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
+_ProductEncode = Callable[[NDArray[np.float32], NDArray[np.uint8]], None]
 
 
 def encoder_name() -> str:
     """Names the arithmetic: codes of different encoders may differ in ties, so they are never mixed."""
-    return f"faiss {faiss.__version__} {faiss.SIMDConfig.get_level_name()} {BLOCK_ROWS}/{_CODES_BLOCK}"
+    return f"faiss {faiss.__version__} {faiss.SIMDConfig.get_level_name()} {BLOCK_ROWS}/fused/{_CODES_BLOCK}"
+
+
+def fused_dimensions() -> int:
+    """The largest dimension of FAISS's fused nearest-neighbor kernels on this machine; 0 without any."""
+    level = faiss.SIMDConfig.get_level_name()
+    return max((size for name, size in _FUSED_DIMENSIONS.items() if level.startswith(name)), default=0)
 
 
 @contextlib.contextmanager
@@ -46,7 +57,8 @@ def encoder(index: Any, workers: int | None = None) -> Iterator[tuple[Encode, Th
     """A function (n <= BLOCK_ROWS, d) float32 -> (n, nlist bytes + code_size) uint8, and its thread pool."""
 
     assign = _assigner(index)
-    width = index.coarse_code_size() + index.code_size
+    encode_product = _product_encoder(index.pq)
+    prefix = index.coarse_code_size()
 
     def encode(vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
         rows = len(vectors)
@@ -55,22 +67,19 @@ def encoder(index: Any, workers: int | None = None) -> Iterator[tuple[Encode, Th
             padded[:rows] = vectors
             vectors = padded
         lists = assign(vectors)
-        codes = np.empty((BLOCK_ROWS, width), np.uint8)
-        index.encode_vectors(
-            BLOCK_ROWS, faiss.swig_ptr(vectors), faiss.swig_ptr(lists), faiss.swig_ptr(codes), True
-        )
-        return codes[:rows]
+        product = np.empty((BLOCK_ROWS, index.code_size), np.uint8)
+        encode_product(_residuals(index, vectors, lists), product)
+        numbers = lists.astype("<i8", copy=False).view(np.uint8).reshape(BLOCK_ROWS, 8)
+        return np.concatenate([numbers[:rows, :prefix], product[:rows]], axis=1)
 
-    index.pq.sync_transposed_centroids()
-    faiss.cvar.product_quantizer_compute_codes_bs = _CODES_BLOCK
-    try:
-        with ThreadPoolExecutor(
-            workers or os.cpu_count() or 1, "encode", initializer=lambda: faiss.omp_set_num_threads(1)
-        ) as pool:
-            yield encode, pool
-    finally:
-        faiss.cvar.product_quantizer_compute_codes_bs = _DEFAULT_CODES_BLOCK
-        index.pq.clear_transposed_centroids()
+    with _settings.tuned():
+        try:
+            with ThreadPoolExecutor(
+                workers or os.cpu_count() or 1, "encode", initializer=lambda: faiss.omp_set_num_threads(1)
+            ) as pool:
+                yield encode, pool
+        finally:
+            index.pq.clear_transposed_centroids()
 
 
 def _assigner(index: Any) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
@@ -82,6 +91,8 @@ def _assigner(index: Any) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
     centroids = quantizer.reconstruct_n(0, index.nlist).astype(np.float64)
     norms = np.einsum("ij,ij->i", centroids, centroids)
 
+    # The whole matrix product: bounds from 127 of 512 principal dimensions took as long, 11 us, and left 44
+    # to 88 % of the rows of three data sets undecided among the 32 nearest lists.
     def assign(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
         distances, lists = quantizer.search(vectors, 2)
         nearest = np.ascontiguousarray(lists[:, 0])
@@ -92,6 +103,78 @@ def _assigner(index: Any) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
         return nearest
 
     return assign
+
+
+def _residuals(index: Any, vectors: NDArray[np.float32], lists: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What the product quantizer encodes of (n, d) vectors: the differences from their lists' centroids."""
+    if not index.by_residual:
+        return vectors
+    residuals = np.empty_like(vectors)
+    pointers = (faiss.swig_ptr(array) for array in (vectors, residuals, lists))
+    index.quantizer.compute_residual_n(len(vectors), *pointers)
+    return residuals
+
+
+def _product_encoder(pq: Any) -> _ProductEncode:
+    """A function of residuals (n, d) float32 that writes their codes (n, code_size) uint8; any thread's."""
+    if pq.nbits != 8 or pq.dsub > fused_dimensions():
+        pq.sync_transposed_centroids()
+        return lambda residuals, codes: pq.compute_codes_c(
+            faiss.swig_ptr(residuals), faiss.swig_ptr(codes), len(codes)
+        )
+    own = threading.local()
+
+    def encode(residuals: NDArray[np.float32], codes: NDArray[np.uint8]) -> None:
+        if not hasattr(own, "pq"):
+            own.pq, own.nearest = faiss.ProductQuantizer(pq.d, pq.M, pq.nbits), faiss.IndexFlatL2(pq.dsub)
+            own.pq.centroids = pq.centroids
+            own.pq.assign_index = own.nearest
+        own.pq.compute_codes_with_assign_index(faiss.swig_ptr(residuals), faiss.swig_ptr(codes), len(codes))
+
+    return encode
+
+
+class _Settings:
+    """FAISS's process-wide settings as encoders need them, while there is one.
+
+    Below the threshold (rows x dimensions) a search does not come to the fused kernel. And after each of a
+    block's 64 searches FAISS asks Python for signals, and so for the GIL: beside a thread that runs Python
+    a row's product code took 39 us with that and 23 without. An interrupt waits for the block's end, 20 ms.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = (0, 0)
+
+    @contextlib.contextmanager
+    def tuned(self) -> Iterator[None]:
+        """Several encoders may be under way at once: the first one sets, the last one puts back."""
+        variables = faiss.cvar
+        with self._lock:
+            if not self._users:
+                self._before = (
+                    variables.distance_compute_blas_threshold,
+                    variables.product_quantizer_compute_codes_bs,
+                )
+                variables.distance_compute_blas_threshold = 1
+                variables.product_quantizer_compute_codes_bs = _CODES_BLOCK
+                faiss.InterruptCallback.clear_instance()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    faiss.PythonInterruptCallback.reset()
+                    (
+                        variables.distance_compute_blas_threshold,
+                        variables.product_quantizer_compute_codes_bs,
+                    ) = self._before
+
+
+_settings = _Settings()
 
 
 def coarse_quantizer(index: Any) -> str:

@@ -93,6 +93,17 @@ def read_index(path: Path, *, precompute: bool = False) -> Any:
     return index
 
 
+def discard_lists(index: Any) -> None:
+    """Free the inverted lists of an index that is not used any more, whoever still refers to it.
+
+    `reset` keeps their memory.
+    """
+    empty = faiss.ArrayInvertedLists(index.nlist, index.code_size)
+    index.replace_invlists(empty, True)
+    empty.this.disown()
+    index.ntotal = 0
+
+
 def describe(path: Path) -> IndexFacts:
     """The facts of an index file of any class, without loading its lists into memory.
 

@@ -48,7 +48,8 @@ from muse_assets.ivfpq.encoding import (
     why_not_continued,
 )
 from muse_assets.ivfpq.files import describe, read_index
-from muse_assets.ivfpq.quality import ProbeCurve, imbalance, measure_probes
+from muse_assets.ivfpq.probing import ProbeCurve, measure_probes
+from muse_assets.ivfpq.quality import imbalance
 from muse_assets.manifest import Manifest, write_manifest
 from muse_assets.snapshots.building import source_of
 from muse_assets.snapshots.cluster import ClusterManifest, load_cluster, take_cluster

@@ -24,24 +24,20 @@ from muse_assets.catalog import IndexSpec
 from muse_assets.connections.databases import read
 from muse_assets.durable_files import Staged
 from muse_assets.embeddings.decoding import Reason, decode
-from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets, read_digests
-from muse_assets.embeddings.reading import Bounds, Page, join_pages, rows_by_idx
+from muse_assets.embeddings.digests import BUCKET_ROWS, Digests, changed_buckets, read_digests
+from muse_assets.embeddings.reading import Bounds, Page, freeze, join_pages, rows_by_idx
 from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import list_ids, list_sizes, trained_fingerprint
 from muse_assets.ivfpq.encoding import encoder_name
-from muse_assets.ivfpq.files import ntotal_field, read_index, write_index
-from muse_assets.ivfpq.quality import (
-    ProbeCurve,
-    choose_nprobe,
-    imbalance,
-    measure_probes,
-    reencoded_wrongly,
-)
+from muse_assets.ivfpq.files import discard_lists, ntotal_field, read_index, write_index
+from muse_assets.ivfpq.probing import K, ProbeCurve, choose_nprobe, measure_probes
+from muse_assets.ivfpq.quality import imbalance, reencoded_wrongly
 from muse_assets.manifest import Manifest, read_manifest, write_manifest
 from muse_assets.snapshots import gate
 from muse_assets.snapshots.cluster import Cluster, load_cluster
-from muse_assets.snapshots.gate import Check
+from muse_assets.snapshots.gate import Check, GateFailed
 from muse_assets.snapshots.progress import Progress, silent
+from muse_assets.snapshots.sampled_rows import Gathered, RowSample, choose_rows, keep_rows, kept_rows
 from muse_assets.snapshots.store import (
     RowState,
     Snapshot,
@@ -61,12 +57,13 @@ from muse_assets.snapshots.sync import (
     synchronize,
 )
 
-# Rows read again from the table for the gate: 20,000 bound its cost, and hold ten true neighbors of most
-# queries near enough that recall reads at most a few points low.
-_SAMPLED_ROWS = 20_000
+# Rows read again from the table and encoded again, half of them of those that this build put in.
 _REENCODED_ROWS = 1_000
 _QUERIES = 200
-_SAMPLE_SEED = 7
+_COMPARED_QUERIES = 20
+# More rows than these are digested as they are read again, so that they can be kept for the next day.
+_READ_UNPROVED = 1_000
+_ROWS_A_READ = 2_000
 
 
 @dataclass(frozen=True)
@@ -111,26 +108,40 @@ class _Parent:
 
 @dataclass(frozen=True)
 class _Filled:
-    """An index that was synced, and what it was synced from and to."""
+    """An index that was synced, and what it was synced from and to. gathered: vectors read on the way."""
 
     index: Any
     cluster: Cluster
     parent: _Parent | None
     table: TableState
     synced: Synced
+    gathered: Gathered
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """The first `chosen` of `rows` are measured on. unproved: ids that are as read, not as digested."""
+
+    rows: RowSample
+    chosen: int
+    unproved: NDArray[np.int64]
+
+    @property
+    def chosen_rows(self) -> RowSample:
+        return self.rows.first(self.chosen)
+
+    @property
+    def proved(self) -> RowSample:
+        return self.rows.only(~np.isin(self.rows.ids, self.unproved))
 
 
 @dataclass(frozen=True)
 class _Measured:
+    """distances (q, K) float32: from each of `queries` (q, d) to the nearest rows, squared."""
+
     curve: ProbeCurve
-    imbalance: float
-    list_sizes: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _RowSample:
-    ids: NDArray[np.int64]
-    vectors: NDArray[np.float32]
+    queries: NDArray[np.float32]
+    distances: NDArray[np.float32]
 
 
 def build_snapshot(
@@ -174,10 +185,12 @@ def build_snapshot(
             built = _unchanged(build, parent, table)
         else:
             index = read_index(parent.snapshot.path) if parent else cluster.index
-            synced = synchronize(engine, spec, index, parent.state if parent else None, table, on_progress)
+            gathered = Gathered(table.digests.total_rows, spec.dimension)
+            before = parent.state if parent else None
+            synced = synchronize(engine, spec, index, before, table, on_progress, gathered.take)
             previous_rows = previous.manifest.rows if previous else 0
             require_plausible(spec, synced, previous_rows, confirm_shrink=confirm_shrink)
-            built = _finish(build, _Filled(index, cluster, parent, table, synced))
+            built = _finish(build, _Filled(index, cluster, parent, table, synced, gathered))
         return replace(built, previous=previous)
 
 
@@ -234,35 +247,43 @@ def _unchanged(build: _Build, parent: _Parent, table: TableState) -> Built:
 
 
 def _finish(build: _Build, filled: _Filled) -> Built:
-    spec, index, synced = build.spec, filled.index, filled.synced
+    spec, synced, day = build.spec, filled.synced, build.day.isoformat()
     build.on_progress("measuring recall", 0, 0)
-    index.use_precomputed_table = 0
-    index.precompute_table()
-    sample = _sample_rows(build, synced)
-    curve = measure_probes(index, sample.ids, sample.vectors, _QUERIES, fixed=spec.nprobe)
-    index.nprobe = choose_nprobe(curve, spec.recall_gate, spec.probe_share, spec.nprobe)
-    measured = _Measured(curve, imbalance(index), list_sizes(index))
+    sampled = _sample_rows(build, filled)
+    sample = sampled.chosen_rows
+    measured = _measure(spec, filled.index, sample)
     build.on_progress("writing", 0, 0)
-    staged = durable_files.stage(build.target, partial(write_index, index))
+    staged = durable_files.stage(build.target, partial(write_index, filled.index))
     try:
         build.on_progress("checking", 0, 0)
-        differences = _differences(staged, index, filled.cluster, sample)
+        # What is checked is what is served; and a build holds one index, not two.
+        discard_lists(filled.index)
+        try:
+            index = read_index(staged.path, precompute=True)
+        except PermanentFailure as error:
+            unread = gate.check_integrity((error.what,), staged.sha256, staged.size)
+            raise GateFailed(spec, day, (unread,)) from error
+        sizes = list_sizes(index)
         checks = (
             gate.check_id_parity(synced.expected_ids, list_ids(index), synced.state.digests.total_rows),
-            gate.check_recall(spec, curve, index.nprobe, len(sample.ids)),
-            _reencode(build, index, sample, synced),
-            gate.check_balance(spec, measured.imbalance, measured.list_sizes),
+            gate.check_recall(spec, measured.curve, index.nprobe, len(sample.ids)),
+            _reencode(build, index, synced),
+            gate.check_balance(spec, imbalance(index), sizes),
             gate.check_norms(np.linalg.norm(sample.vectors, axis=1)),
-            gate.check_integrity(differences, staged.sha256, staged.size),
+            gate.check_integrity(
+                _differences(index, filled.cluster.fingerprint, measured), staged.sha256, staged.size
+            ),
         )
-        gate.require_passed(spec, build.day.isoformat(), checks)
-        manifest = _manifest(build, filled, measured, staged, checks)
+        gate.require_passed(spec, day, checks)
+        manifest = _manifest(build, filled, index, measured.curve, staged, checks)
         write_state(build.work, spec.name, staged.sha256, synced.state)
         write_manifest(build.work, manifest)
     except BaseException:
         durable_files.discard(staged)
         raise
     durable_files.commit(staged)
+    if len(sample.ids) < manifest.rows:  # a table that is all sample is read again as fast
+        keep_rows(build.work, spec, manifest.source, synced.state.digests, sampled.proved)
     return _built(build, manifest, checks, synced.state, filled.table)
 
 
@@ -280,32 +301,82 @@ def _built(
     )
 
 
-def _sample_rows(build: _Build, synced: Synced) -> _RowSample:
-    """Random valid rows, read again from the table; rows that have gone meanwhile are left out.
+def _sample_rows(build: _Build, filled: _Filled) -> _Sampled:
+    """Gather the vectors of the chosen rows: as pulled, as kept, else read again.
 
-    The choice depends on the ids alone, so the same rows give the same nprobe and the same file.
+    Rows that have gone meanwhile are left out.
     """
-    spec, random = build.spec, np.random.default_rng(_SAMPLE_SEED)
-    count = min(_SAMPLED_ROWS, len(synced.expected_ids))
-    wanted = np.sort(random.choice(synced.expected_ids, count, replace=False)) - spec.id_offset
-
-    def rows(connection: Connection) -> Page:
-        return join_pages(rows_by_idx(connection, spec, wanted))
-
-    page = read(build.engine, f"sampling {spec.table} to check {spec.name}", rows)
+    spec, digests = build.spec, filled.synced.state.digests
+    chosen = choose_rows(filled.synced.expected_ids)
+    rows, unproved = filled.gathered.hand_over(), [np.empty(0, np.int64)]
+    if not np.isin(chosen, rows.ids).all():
+        rows = rows.joined(kept_rows(build.work, spec, source_of(spec), digests))
+    missing = np.sort(chosen[~np.isin(chosen, rows.ids)])
+    for at in range(0, len(missing), _ROWS_A_READ):
+        part = missing[at : at + _ROWS_A_READ]
+        again, moved = _read_rows(build, part, digests if len(missing) > _READ_UNPROVED else None)
+        rows = rows.joined(again)
+        unproved.append(again.ids[moved])
+    found = int(np.isin(chosen, rows.ids).sum())
     # A gate that measures next to nothing passes everything: recall 1.0 after a TRUNCATE.
-    require_still_there(spec, count, len(page.idx))
+    require_still_there(spec, len(chosen), found)
+    return _Sampled(rows.by_hash(), found, np.concatenate(unproved))
+
+
+def _read_rows(
+    build: _Build, ids: NDArray[np.int64], digests: Digests | None = None
+) -> tuple[RowSample, NDArray[np.bool_]]:
+    """The usable rows of `ids` (n,) ascending, and which of them are not proved to be as `digests` say.
+
+    Digested in the transaction that reads them: the range from the first to the last, so it suits ids that
+    lie close together. Without `digests` none is proved.
+    """
+    spec = build.spec
+    wanted = ids - spec.id_offset
+
+    def rows(connection: Connection) -> tuple[Page, Digests | None]:
+        freeze(connection)
+        page = join_pages(rows_by_idx(connection, spec, wanted))
+        if digests is None:
+            return page, None
+        buckets = wanted // BUCKET_ROWS
+        bounds = Bounds(int(buckets[0]) * BUCKET_ROWS, int(buckets[-1] + 1) * BUCKET_ROWS - 1)
+        return page, read_digests(connection, spec, [bounds])
+
+    page, found = read(build.engine, f"sampling {spec.table} to check {spec.name}", rows)
     decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
     good = decoded.reasons == Reason.OK
-    ids, vectors = page.idx[good] + spec.id_offset, decoded.vectors[good]
-    order = random.permutation(len(ids))
-    return _RowSample(ids[order], vectors[order])
+    idx = page.idx[good]
+    moved = np.ones(len(idx), bool)
+    if digests is not None and found is not None:
+        buckets = np.unique(idx // BUCKET_ROWS)
+        moved = np.isin(idx // BUCKET_ROWS, changed_buckets(digests.select(buckets), found.select(buckets)))
+    return RowSample(idx + spec.id_offset, decoded.vectors[good]), moved
 
 
-def _reencode(build: _Build, index: Any, sample: _RowSample, synced: Synced) -> Check:
+def _measure(spec: IndexSpec, index: Any, sample: RowSample) -> _Measured:
+    """Measure recall by nprobe, set the nprobe that follows, and note some distances."""
+    index.use_precomputed_table = 0
+    index.precompute_table()
+    curve = measure_probes(index, sample.ids, sample.vectors, _QUERIES, fixed=spec.nprobe)
+    index.nprobe = choose_nprobe(curve, spec.recall_gate, spec.probe_share, spec.nprobe)
+    queries = sample.vectors[:_COMPARED_QUERIES]
+    return _Measured(curve, queries, index.search(queries, K)[0])
+
+
+def _reencode(build: _Build, index: Any, synced: Synced) -> Check:
+    """Read rows again, half of them of those that were put in, others every day, and encode them."""
     spec = build.spec
-    ids = sample.ids[:_REENCODED_ROWS]
-    wrong = reencoded_wrongly(index, ids, sample.vectors[:_REENCODED_ROWS])
+    random = np.random.default_rng(build.day.toordinal())
+    pulled = random.choice(
+        synced.pulled_ids, min(_REENCODED_ROWS // 2, len(synced.pulled_ids)), replace=False
+    )
+    others = random.choice(synced.expected_ids, min(_REENCODED_ROWS, len(synced.expected_ids)), replace=False)
+    others = others[~np.isin(others, pulled)][: _REENCODED_ROWS - len(pulled)]
+    wanted = np.union1d(pulled, others)
+    sample, _ = _read_rows(build, wanted)
+    require_still_there(spec, len(wanted), len(sample.ids))
+    wrong = reencoded_wrongly(index, sample.ids, sample.vectors)
     if len(wrong):
         # A writer may have changed a row after it was indexed: that is the next run's, not a fault.
         buckets = np.unique((wrong - spec.id_offset) // BUCKET_ROWS)
@@ -317,33 +388,30 @@ def _reencode(build: _Build, index: Any, sample: _RowSample, synced: Synced) -> 
         )
         moved = changed_buckets(synced.state.digests.select(buckets), now)
         wrong = wrong[~np.isin((wrong - spec.id_offset) // BUCKET_ROWS, moved)]
-    return gate.check_reencoding(wrong, len(ids))
+    return gate.check_reencoding(wrong, len(sample.ids))
 
 
-def _differences(staged: Staged, index: Any, cluster: Cluster, sample: _RowSample) -> tuple[str, ...]:
-    """What the written file, read back, has otherwise than the index in memory."""
-    try:
-        written = read_index(staged.path, precompute=True)
-    except PermanentFailure as error:
-        return (error.what,)
+def _differences(written: Any, fingerprint: str, measured: _Measured) -> tuple[str, ...]:
+    """What the written file, read back, has otherwise than the index that was measured."""
     problems = []
-    if not np.array_equal(np.sort(list_ids(written)), np.sort(list_ids(index))):
-        problems.append("the written file holds other ids")
-    if trained_fingerprint(written) != cluster.fingerprint:
+    if trained_fingerprint(written) != fingerprint:
         problems.append("the written file has another cluster")
-    queries = sample.vectors[:20]
-    if len(queries) and not all(
-        np.array_equal(a, b)
-        for a, b in zip(written.search(queries, 10), index.search(queries, 10), strict=True)
-    ):
+    distances, _ = written.search(measured.queries, K)
+    # Not to the bit: how FAISS sums depends on settings of the whole process, which any encoder changes.
+    if not np.allclose(distances, measured.distances, rtol=1e-3, atol=1e-5):
         problems.append("the written file answers differently")
     return tuple(problems)
 
 
 def _manifest(
-    build: _Build, filled: _Filled, measured: _Measured, staged: Staged, checks: tuple[Check, ...]
+    build: _Build,
+    filled: _Filled,
+    index: Any,
+    curve: ProbeCurve,
+    staged: Staged,
+    checks: tuple[Check, ...],
 ) -> Manifest:
-    spec, index, synced, curve = build.spec, filled.index, filled.synced, measured.curve
+    spec, synced = build.spec, filled.synced
     # A table that went back to an earlier state gives the bytes, and so the facts, of a newer day too.
     known = read_manifest(build.work, spec.name, staged.sha256)
     day = build.day.isoformat()
@@ -376,8 +444,8 @@ def _manifest(
         rejected=synced.state.rejected_counts(),
         recall_at_10=curve.at(index.nprobe),
         recall_curve={str(n): round(r, 4) for n, r in zip(curve.nprobe, curve.recall, strict=True)},
-        imbalance=round(measured.imbalance, 4),
-        list_sizes=[int(size) for size in measured.list_sizes],
+        imbalance=round(imbalance(index), 4),
+        list_sizes=[int(size) for size in list_sizes(index)],
         checks={
             check.name: {"passed": check.passed, "summary": check.summary, **check.facts} for check in checks
         },

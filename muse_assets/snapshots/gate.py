@@ -1,6 +1,6 @@
 """The quality gate: what has to hold before a built index may become a snapshot.
 
-Here: the checks, their limits and their words. Not here: the measurements (`ivfpq.quality`) or what
+Here: the checks, their limits and their words. Not here: the measurements (`ivfpq`) or what
 Dagster shows of them (`assets.index_lane`).
 """
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from muse_assets.catalog import IndexSpec
 from muse_assets.failures import PermanentFailure
-from muse_assets.ivfpq.quality import ProbeCurve
+from muse_assets.ivfpq.probing import ProbeCurve
 
 ID_PARITY = "id_parity"
 RECALL = "recall_at_10"
@@ -73,9 +73,9 @@ def require_passed(spec: IndexSpec, partition: str, checks: tuple[Check, ...]) -
 def check_id_parity(expected: NDArray[np.int64], found: NDArray[np.int64], table_rows: int) -> Check:
     """expected: ids of the valid rows, ascending; found: ids read out of the inverted lists."""
     found = np.sort(found)
-    duplicates = int((found[1:] == found[:-1]).sum()) if len(found) else 0
-    missing = np.setdiff1d(expected, found)
-    extra = np.setdiff1d(found, expected)
+    equal = np.array_equal(found, expected)  # so nearly always: the sets of a million ids cost 0.1 s more
+    duplicates = 0 if equal else int((found[1:] == found[:-1]).sum())
+    missing, extra = ((), ()) if equal else (np.setdiff1d(expected, found), np.setdiff1d(found, expected))
     passed = not (duplicates or len(missing) or len(extra))
     examples = ", ".join(str(value) for value in [*missing[:5], *extra[:5]])
     return Check(
@@ -159,7 +159,7 @@ def check_norms(norms: NDArray[np.float32]) -> Check:
 
 
 def check_integrity(problems: tuple[str, ...], sha256: str, size: int) -> Check:
-    """problems: what differs between the index in memory and the written file read back."""
+    """problems: what the written file, read back, has otherwise than the index that was measured."""
     return Check(
         FILE_INTEGRITY,
         not problems,

@@ -22,6 +22,7 @@ from muse_assets.embeddings.decoding import Reason
 from muse_assets.embeddings.digests import Digests, empty_digests
 from muse_assets.failures import Conflict
 from muse_assets.manifest import Manifest, identify, manifest_path
+from muse_assets.snapshots.sampled_rows import kept_file
 
 # Files by any other name came from the legacy verbs' --output.
 _USUAL_NAME = re.compile(r"^muse_\w+_(\d{8}|cluster)\.index$")
@@ -62,7 +63,8 @@ def lock_file(work: Path, spec: IndexSpec) -> Path:
 def sweep(work: Path, spec: IndexSpec) -> None:
     """Remove the temp files that killed builds of any day left; call it under the index's lock."""
     facts = manifest_path(work, spec.name, "?" * 64)  # a pattern for every hash, as [0-9] for every day
-    for pattern in (work / f"muse_{spec.name}_{'[0-9]' * 8}.index", facts, facts.with_suffix(".rows.npz")):
+    dated = work / f"muse_{spec.name}_{'[0-9]' * 8}.index"
+    for pattern in (dated, facts, facts.with_suffix(".rows.npz"), kept_file(work, spec.name)):
         durable_files.sweep(pattern)
 
 

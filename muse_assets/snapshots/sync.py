@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -28,7 +29,10 @@ from muse_assets.embeddings.digests import (
     Digests,
     changed_buckets,
     digest_rows,
+    empty_digests,
+    join_digests,
     read_digests,
+    steps,
 )
 from muse_assets.embeddings.reading import (
     Bounds,
@@ -48,13 +52,15 @@ _PAGE_ROWS = 4096
 _RANGES_A_PAGE = 100
 # A page lost, or a bucket that moved: that page again, not the whole build.
 _PAGE_TRIES = 5
+# A digest is CPU of the server, one core a connection: a million warm rows of 2 KB took 1.2 s on one.
+_DIGESTING_CONNECTIONS = 2
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TableState:
-    """A table at one moment: digests of every bucket the partition covers, and its newest idx."""
+    """A table as it stood: digests of every bucket the partition covers, each of one moment; newest idx."""
 
     digests: Digests
     newest_idx: int
@@ -63,28 +69,46 @@ class TableState:
 
 @dataclass(frozen=True)
 class Synced:
-    """The outcome: rows the index now stands for, the valid ids, and what changed."""
+    """The outcome: rows the index now stands for, the valid ids, and what changed.
+
+    expected_ids (n,) int64 ascending; pulled_ids (p,) int64: those of them that were read and encoded.
+    """
 
     state: RowState
     expected_ids: NDArray[np.int64]
+    pulled_ids: NDArray[np.int64]
     added: int
     removed: int
     reembedded: int
 
 
 def read_table_state(engine: Engine, spec: IndexSpec, before: datetime | None) -> TableState:
-    """Digest the table in one short consistent-snapshot transaction, and end it before anything is pulled.
+    """Digest the rows that the partition covers; nothing is held while they are pulled.
 
-    Held longer, its metadata lock would queue an ALTER and everything behind it.
+    A step of the digest is one statement, so one consistent view, of whole buckets; no lock outlives it (a
+    transaction's would queue an ALTER and everything behind it). Steps are of moments a second apart, as a
+    changed bucket's pull is of a later one again, and that is harmless: what is covered was bound before
+    the first step, every bucket is of one moment, and what a writer changes after its bucket's moment
+    differs from the digest on the next day. A table emptied between two steps is caught as one emptied
+    after them is: by the share of rows that went, by its AUTO_INCREMENT, and by the rows the gate reads.
     """
+    doing = f"digesting {spec.table} for {spec.name}"
+    extent = read(engine, doing, lambda connection: table_extent(connection, spec, before))
+    failed = threading.Event()
 
-    def state(connection: Connection) -> TableState:
-        freeze(connection)
-        extent = table_extent(connection, spec, before)
-        digests = read_digests(connection, spec, [extent.bounds])
-        return TableState(digests, extent.newest_idx, extent.columns)
+    def digest(step: Bounds) -> Digests:
+        if failed.is_set():  # else the time-outs of every further step would add up
+            return empty_digests()
+        try:
+            return read(engine, doing, lambda connection: read_digests(connection, spec, [step]))
+        except BaseException:
+            failed.set()
+            raise
 
-    return read(engine, f"digesting {spec.table} for {spec.name}", state)
+    workers = _DIGESTING_CONNECTIONS if engine.dialect.name in ("mysql", "mariadb") else 1
+    with ThreadPoolExecutor(workers, "digest") as pool:
+        parts = list(pool.map(digest, steps(extent.bounds)))
+    return TableState(join_digests([empty_digests(), *parts]), extent.newest_idx, extent.columns)
 
 
 def synchronize(
@@ -94,8 +118,11 @@ def synchronize(
     parent: RowState | None,
     table: TableState,
     on_progress: Progress = silent,
+    on_vectors: Callable[[NDArray[np.int64], NDArray[np.float32]], None] = lambda ids, vectors: None,
 ) -> Synced:
     """Change `index`, which holds the rows of `parent`, to hold exactly the rows of `table`.
+
+    on_vectors is called, in the reading thread, with ids (n,) and vectors (n, d) as they are pulled.
 
     A bucket whose pulled bytes do not digest to what the database said moved meanwhile, or arrived
     short: it is digested again as of the moment of the pull, and pulled again where that differs too.
@@ -107,12 +134,12 @@ def synchronize(
     # Ids that no digest vouches for: an adopted file may hold rows that are gone, or filled otherwise.
     unproved = np.setdiff1d(held_buckets, before.digests.bucket)
     changed = np.union1d(changed_buckets(before.digests, table.digests), unproved)
-    touched = held[np.isin(held_buckets, changed)]
-    kept = np.sort(held[~np.isin(held_buckets, changed)])
+    of_changed = np.isin(held_buckets, changed)
+    touched, kept = held[of_changed], held[~of_changed]
     old = read_contents(index, only=touched)
     remove_ids(index, touched)
 
-    pulled = _Pulled(engine, spec, table)
+    pulled = _Pulled(engine, spec, table, on_vectors)
     total = int(table.digests.select(changed).rows.sum())
     done = 0
 
@@ -137,6 +164,7 @@ def synchronize(
     return Synced(
         state=state,
         expected_ids=np.sort(np.concatenate([kept, valid])),
+        pulled_ids=valid,
         added=len(valid) - len(again),
         removed=len(old.ids) - len(again),
         reembedded=_recoded(index, old, again),
@@ -205,8 +233,14 @@ def require_still_there(spec: IndexSpec, digested: int, pulled: int) -> None:
 class _Pulled:
     """Pages of changed buckets, each proved against its digest, with what was learned on the way."""
 
-    def __init__(self, engine: Engine, spec: IndexSpec, table: TableState) -> None:
-        self.engine, self.spec = engine, spec
+    def __init__(
+        self,
+        engine: Engine,
+        spec: IndexSpec,
+        table: TableState,
+        on_vectors: Callable[[NDArray[np.int64], NDArray[np.float32]], None],
+    ) -> None:
+        self.engine, self.spec, self.on_vectors = engine, spec, on_vectors
         self.newest_idx = table.newest_idx
         self.digests = table.digests
         self.valid: list[NDArray[np.int64]] = []
@@ -223,7 +257,9 @@ class _Pulled:
             self.valid.append(ids)
             self.rejected_idx.append(page.idx[~good])
             self.rejected_reason.append(decoded.reasons[~good])
-            yield ids, decoded.vectors[good]
+            vectors = decoded.vectors if good.all() else decoded.vectors[good]
+            self.on_vectors(ids, vectors)
+            yield ids, vectors
 
     def _pull(self, buckets: NDArray[np.int64]) -> Page:
         doing = f"reading {self.spec.table} for {self.spec.name}"

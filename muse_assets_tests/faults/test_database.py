@@ -300,7 +300,7 @@ def test_a_server_that_is_killed_and_restarted(
 
         with injecting("7", "database SIGKILLed and restarted during a build") as ledger:
             for n in range(times(2, 24)):
-                seconds = (2, 0, 0.5, 0)[n % 4]
+                seconds = (4, 0, 0.5, 0)[n % 4]  # a page is tried again for three seconds
                 # Not the other way round: the server dies with the thread that started it.
                 with ledger.injection(f"down for {seconds} s"), ThreadPoolExecutor(1) as pool:
                     stop = threading.Event()

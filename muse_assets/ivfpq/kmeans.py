@@ -1,0 +1,127 @@
+"""k-means that compares each row with all centroids once a round, and then with those near it.
+
+Here: moving centroids to where the rows are. Not here: how many centroids, on which rows, or what they
+are for (`training`).
+
+A step moves the centroids little, so a row's next centroid is nearly always one of those near it already.
+A round finds the nearest `CANDIDATES` of each row among all, and its steps choose among those: with 1,000
+centroids of 512-d the round took 14 us a row, its steps 2 us a row each, and a step of FAISS's k-means 11.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+CANDIDATES = 16
+# A step goes half as far again as the means: at the same cost the error of unseen rows was 0.1 % (text, no
+# clusters) to 0.8 % (clusters of unequal size) lower than with plain means.
+_STRIDE = 1.5
+# As FAISS does: a centroid without rows goes to a thousandth beside one with many.
+_SPLIT = np.float32(1 / 1024)
+
+Floats = NDArray[np.float32]
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """steps in a round, and rounds, at most; tolerance: relative fall of the error that is worth another.
+
+    A round ends when a step lowers the error by less. A further round begins when, for the probe rows, the
+    nearest of all centroids is nearer than the nearest candidate by more than that.
+    """
+
+    steps: int
+    rounds: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Clustered:
+    """centroids (k, d); nearest (n,), the centroid of each row; errors: mean squared distance by step."""
+
+    centroids: Floats
+    nearest: Numbers
+    errors: tuple[float, ...]
+
+
+def refine(rows: Floats, centroids: Floats, patience: Patience, *, probe_rows: int) -> Clustered:
+    """Move `centroids` (k, d) float32 towards the means of their nearest `rows` (n, d) while that pays.
+
+    The first `probe_rows` rows tell whether the candidates are still the nearest. Memory: the rows and
+    200 bytes each.
+    """
+    errors: list[float] = []
+    nearest = np.zeros(len(rows), np.int64)
+    probe = rows[:probe_rows]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in range(patience.rounds):
+            distances, near = faiss.knn(rows, centroids, min(CANDIDATES, len(centroids)))
+            nearest, error = near[:, 0], _mean(distances[:, 0])
+            for _ in range(patience.steps):
+                before = error
+                centroids = _moved(rows, nearest, near, centroids, pool)
+                nearest, smallest = _nearest_candidate(rows, near, centroids)
+                error = _mean(smallest)
+                errors.append(error)
+                if before - error <= patience.tolerance * before:
+                    break
+            if _mean(smallest[:probe_rows]) <= (1 + patience.tolerance) * _mean(
+                faiss.knn(probe, centroids, 1)[0]
+            ):
+                break
+        # The last step goes to the means themselves: half as far again is too far when all is still.
+        centroids = _moved(rows, nearest, near, centroids, pool, stride=1)
+        nearest, smallest = _nearest_candidate(rows, near, centroids)
+        errors.append(_mean(smallest))
+    return Clustered(centroids, nearest, tuple(errors))
+
+
+def _nearest_candidate(rows: Floats, near: Numbers, centroids: Floats) -> tuple[Numbers, Floats]:
+    """The nearest of each row's candidates (n,) and its squared distance (n,)."""
+    distances = np.empty(near.shape, np.float32)
+    faiss.fvec_L2sqr_by_idx(
+        *(faiss.swig_ptr(array) for array in (distances, rows, centroids, near)), rows.shape[1], *near.shape
+    )
+    best = distances.argmin(axis=1)[:, None]
+    return np.take_along_axis(near, best, 1)[:, 0], np.take_along_axis(distances, best, 1)[:, 0]
+
+
+def _moved(
+    rows: Floats,
+    nearest: Numbers,
+    near: Numbers,
+    centroids: Floats,
+    pool: ThreadPoolExecutor,
+    stride: float = _STRIDE,
+) -> Floats:
+    """Each centroid past the mean of its rows; one without rows splits a large one, in `near` too."""
+    sizes = np.bincount(nearest, minlength=len(centroids))
+    members = np.split(np.argsort(nearest, kind="stable"), np.cumsum(sizes)[:-1])
+    moved = centroids.copy()
+
+    def move(number: int) -> None:
+        if sizes[number]:
+            # take() lets the other threads run, rows[members] does not.
+            mean = rows.take(members[number], axis=0).mean(axis=0)
+            moved[number] += np.float32(stride) * (mean - centroids[number])
+
+    list(pool.map(move, range(len(centroids))))
+    empty = np.flatnonzero(sizes == 0)
+    large = np.argsort(-sizes, kind="stable")[: len(centroids) - len(empty)]
+    for number, split in zip(empty, np.resize(large, len(empty)), strict=True):
+        moved[number] = moved[split] * (1 + _SPLIT)
+        moved[split] *= 1 - _SPLIT
+        if near.shape[1] < len(centroids):
+            near[members[split], -1] = number
+    return moved
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean(dtype=np.float64))
