@@ -12,19 +12,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-_MEGABYTE = 1 << 20
 Facts = Mapping[str, float | str]
-Metric = Literal["wall", "cpu"]
+Metric = Literal["wall", "cpu", "peak"]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One piece of work. wall, cpu: seconds (cpu of all threads). peak: MB resident above the start's.
+    """One piece of work. wall, cpu: seconds (cpu of all threads). peak: MB (2^20) resident at most, above
+    the start, of this process alone.
 
     facts: what else it says of itself, such as recall@10; every figure of speed comes with its quality.
     """
@@ -98,6 +99,8 @@ def in_turn(repeats: int, *works: tuple[Callable[..., Facts | None], tuple[Any, 
 
 def begin() -> None:
     """In a measured function: what came before was preparation."""
+    # The high-water mark begins anew (Linux: proc(5), clear_refs); ru_maxrss would begin at the parent's.
+    Path("/proc/self/clear_refs").write_text("5", "ascii")
     _started[:] = [_now()]
 
 
@@ -131,7 +134,8 @@ _started: list[tuple[float, float, float]] = []
 def _now() -> tuple[float, float, float]:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(one.ru_utime + one.ru_stime for one in used)
-    return time.perf_counter(), cpu, max(one.ru_maxrss for one in used) * 1024 / _MEGABYTE
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
+    return time.perf_counter(), cpu, int(status["VmHWM"].split()[0]) / 1024
 
 
 def _run(sending: Any, work: Callable[..., Facts | None], arguments: tuple[Any, ...]) -> None:
