@@ -54,6 +54,7 @@ from muse_assets.manifest import Manifest, write_manifest
 from muse_assets.snapshots.building import source_of
 from muse_assets.snapshots.cluster import ClusterManifest, load_cluster, take_cluster
 from muse_assets.snapshots.progress import Progress, silent
+from muse_assets.snapshots.sampled_rows import SAMPLED_ROWS
 from muse_assets.snapshots.store import (
     RowState,
     Snapshot,
@@ -70,7 +71,6 @@ MODE = "adopted"
 MIN_AGREEMENT = 0.9
 # Rows that stand at other ids: two pairs whose vectors were swapped since. A gap shifts every later row.
 _MAX_MOVED = 4
-_SAMPLED_ROWS = 20_000
 _SAMPLE_SEED = 7
 # Rows that differ are looked for at other ids; so many tell a shift from re-embedded rows.
 _KEPT_DIFFERENCES = 50_000
@@ -410,7 +410,7 @@ def _require_ids_by_idx(spec: IndexSpec, live: Path, proof: _Proof) -> None:
 def _measure(engine: Engine, spec: IndexSpec, index: Any, proof: _Proof) -> ProbeCurve:
     """recall@10 of the file as it is, on rows that were proved."""
     random = np.random.default_rng(_SAMPLE_SEED)
-    count = min(_SAMPLED_ROWS, len(proof.proved_ids))
+    count = min(SAMPLED_ROWS, len(proof.proved_ids))
     wanted = random.choice(proof.proved_ids, count, replace=False) - spec.id_offset
     page = read(
         engine,
