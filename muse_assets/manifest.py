@@ -23,8 +23,9 @@ class Manifest:
 
     rows: vectors in the inverted lists. ntotal_field: what the file's own `ntotal` says, largest id + 1.
     partition: newest day (Seoul, ISO) this content stands for. cluster: fingerprint of the coarse
-    centroids and the codebook. gate: the limits that were kept. rejected: reason -> rows. recall_curve:
-    nprobe -> recall@10. list_sizes: codes per inverted list. checks: the gate's outcomes, name -> facts.
+    centroids and the codebook. gate: the limits that were kept. rejected: reason -> rows. queries: how many
+    recall is of. probes: by nprobe, recall@k and codes scanned. list_sizes: codes per inverted list. checks:
+    the gate's outcomes, name -> facts.
     """
 
     index: str
@@ -53,8 +54,12 @@ class Manifest:
     reembedded: int
     gate: str = ""
     rejected: dict[str, int] = field(default_factory=dict)
+    queries: int = 0
+    recall_at_1: float = 0.0
     recall_at_10: float = 0.0
-    recall_curve: dict[str, float] = field(default_factory=dict)
+    recall_at_100: float | None = None
+    codes_scanned: float = 0.0
+    probes: list[dict[str, float]] = field(default_factory=list)
     imbalance: float = 1.0
     list_sizes: list[int] = field(default_factory=list)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -27,9 +27,8 @@ from muse_assets.ivfpq.contents import (
     trained_fingerprint,
 )
 from muse_assets.ivfpq.encoding import BLOCK_ROWS, encode_all, encoder, fill, fused_dimensions, split_codes
-from muse_assets.ivfpq.files import describe, ntotal_field, read_index, write_index
+from muse_assets.ivfpq.files import describe, discard_lists, ntotal_field, read_index, write_index
 from muse_assets.ivfpq.kmeans import Patience, refine
-from muse_assets.ivfpq.probing import ProbeCurve, choose_nprobe, measure_probes, probe_ladder
 from muse_assets.ivfpq.quality import imbalance, reencoded_wrongly
 from muse_assets.ivfpq.training import choose_nlist, train, training_rows
 from muse_assets_tests.embedding_rows import unit_vectors
@@ -403,7 +402,8 @@ def test_training_is_silent_and_deterministic(rows: int, capfd: pytest.CaptureFi
     assert runs[0].index.ntotal == 0
     assert runs[0].rows == rows
     assert "product quantizer" in stages[-1]
-    assert 0 <= runs[0].coarse_error <= 1
+    assert 0 <= runs[0].objective[-1] <= 1
+    assert runs[0].imbalance >= 1
 
 
 def test_training_depends_on_the_sample_and_seed_alone() -> None:
@@ -480,72 +480,11 @@ def test_fewer_rows_than_lists_is_an_error_that_says_so() -> None:
 # Quality
 
 
-def test_recall_of_vectors_that_codes_hold_exactly_is_one() -> None:
-    """Vectors made of codewords: the quantizer loses nothing, so only the probing can."""
-    random = np.random.default_rng(2)
-    vectors = random.choice([-1.0, 1.0], (256, 8)).astype(np.float32).repeat(4, axis=1)
-    vectors = np.unique(vectors, axis=0) + 1e-4
-    index = train(vectors, nlist=1, m=8).index
-    ids = np.arange(len(vectors), dtype=np.int64)
-    fill(index, [(ids, vectors)])
-    curve = measure_probes(index, ids, vectors)
-    assert curve.at(1) == 1.0
-    assert curve.kept == (1.0,)
-
-
-def test_recall_rises_with_probes_and_equal_vectors_are_no_misses() -> None:
-    index, ids, vectors = filled()
-    random = np.random.default_rng(0)
-    shuffled = random.permutation(len(ids))
-    curve = measure_probes(index, ids[shuffled], vectors[shuffled])
-    assert list(curve.recall) == sorted(curve.recall)
-    assert curve.recall[0] < curve.recall[-1] - 0.02
-    assert 0.4 < curve.recall[-1] < 1
-    assert list(curve.kept) == sorted(curve.kept)
-    assert curve.kept[-1] == 1
-    assert list(curve.codes_scanned) == sorted(curve.codes_scanned)
-
-    # Twenty rows of each vector, as every song of an artist has: any ten of the others are right.
-    repeated = np.repeat(unit_vectors(100, seed=5), 20, axis=0)
-    tied = trained()
-    fill(tied, [(np.arange(2000), repeated)])
-    order = random.permutation(2000)
-    assert measure_probes(tied, order, repeated[order]).recall[0] == 1.0
-
-
-def test_recall_is_measured_against_exact_search() -> None:
-    """The same figure, by a slow count of shared neighbors."""
-    index, ids, vectors = filled()
-    index.nprobe = 4
-    hits = 0
-    for row in range(100):
-        distances = np.square(vectors - vectors[row]).sum(axis=1)
-        distances[row] = np.inf
-        nearest = set(ids[np.argsort(distances)[:10]].tolist())
-        found = [i for i in index.search(vectors[row : row + 1], 11)[1][0].tolist() if i != ids[row]][:10]
-        hits += len(nearest & set(found))
-    assert measure_probes(index, ids, vectors, queries=100).at(4) == pytest.approx(hits / 1000, abs=0.002)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 11])
-def test_tiny_indexes_are_measured(rows: int) -> None:
-    index, vectors = trained(), unit_vectors(rows)
-    fill(index, [(np.arange(rows), vectors)])
-    curve = measure_probes(index, np.arange(rows), vectors)
-    assert curve.recall[-1] == 1.0
-    assert choose_nprobe(curve, 0.6, 0.98) in curve.nprobe
-
-
-def test_the_smallest_sufficient_nprobe_is_chosen() -> None:
-    curve = ProbeCurve((1, 2, 4, 8), (0.5, 0.7, 0.8, 0.8), (0.6, 0.9, 0.99, 1.0), (1, 2, 4, 8))
-    assert choose_nprobe(curve, 0.6, 0.9) == 2
-    assert choose_nprobe(curve, 0.6, 0.98) == 4
-    assert choose_nprobe(curve, 0.75, 0.5) == 4
-    assert choose_nprobe(curve, 0.95, 0.5) == 8, "where nothing suffices, the most there is"
-    assert choose_nprobe(curve, 0, 0) == 1
-    assert probe_ladder(1) == (1,)
-    assert probe_ladder(16) == (1, 2, 4, 8, 16)
-    assert probe_ladder(17) == (1, 2, 4, 8, 16, 17)
+def test_discarded_lists_are_gone() -> None:
+    index, _, vectors = filled()
+    discard_lists(index)
+    assert index.ntotal == index.invlists.compute_ntotal() == 0
+    assert (index.search(vectors[:2], 3)[1] == -1).all()
 
 
 def test_imbalance_is_one_when_lists_are_equal() -> None:

@@ -5,7 +5,7 @@ Here: domain facts into Dagster metadata. Not here: measuring them.
 
 import base64
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from muse_assets.manifest import Manifest
 from muse_assets.publishing.deploying import Deployment
 from muse_assets.snapshots.building import Built
 from muse_assets.snapshots.cluster import ClusterManifest
-from muse_assets.snapshots.gate import RECALL, Check
+from muse_assets.snapshots.gate import Check
 from muse_assets.snapshots.neighbor_preview import NEIGHBORS, NeighborPreview
 
 # A Markdown picture renders inline only while the whole string stays under about 1,000 characters.
@@ -71,6 +71,9 @@ def index_metadata(built: Built, preview: NeighborPreview) -> dict[str, Any]:
         "reembedded": facts.reembedded,
         "rejected": sum(facts.rejected.values()),
         "recall_at_10": facts.recall_at_10,
+        "recall_at_1": facts.recall_at_1,
+        **({} if facts.recall_at_100 is None else {"recall_at_100": facts.recall_at_100}),
+        "codes_scanned": round(facts.codes_scanned, 1),
         "imbalance": facts.imbalance,
         "seconds": round(built.seconds, 2),
         "size_mb": round(facts.size / 1e6, 3),
@@ -78,10 +81,7 @@ def index_metadata(built: Built, preview: NeighborPreview) -> dict[str, Any]:
         "nearest_neighbors": _neighbors(preview),
         **({"nearest_neighbors_note": preview.note} if preview.note else {}),
         "before_and_after": _before_and_after(built),
-        "recall_by_nprobe": dg.MetadataValue.table(
-            [dg.TableRecord({"nprobe": int(n), "recall@10": r}) for n, r in _ascending(facts.recall_curve)],
-            schema=dg.TableSchema([dg.TableColumn("nprobe", "int"), dg.TableColumn("recall@10", "float")]),
-        ),
+        "recall_by_nprobe": _probes(facts),
         "nprobe": facts.nprobe,
         "nlist": facts.nlist,
         "newest_idx": facts.newest_idx,
@@ -162,14 +162,13 @@ def _before_and_after(built: Built) -> dg.TableMetadataValue:
 
 
 def _comparable(path: Path, facts: Manifest) -> dict[str, str]:
-    scanned = facts.checks.get(RECALL, {}).get("codes_scanned")
     return {
         "file": path.name,
         "mode": facts.mode,
         "rows": f"{facts.rows:,}",
         "recall@10": f"{facts.recall_at_10:.3f}",
         "lists probed": f"{facts.nprobe:,} of {facts.nlist:,}",
-        "codes scanned a query": "unknown" if scanned is None else f"{scanned:,.0f}",
+        "codes scanned a query": f"{facts.codes_scanned:,.0f}",
         "imbalance": f"{facts.imbalance:.2f}",
         "size": f"{facts.size / 1e6:,.3f} MB",
         "cluster": facts.cluster[:12],
@@ -200,5 +199,11 @@ def _means(values: Sequence[float], bars: int) -> list[float]:
     return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
 
 
-def _ascending(curve: Mapping[str, float]) -> list[tuple[str, float]]:
-    return sorted(curve.items(), key=lambda item: int(item[0]))
+def _probes(facts: Manifest) -> dg.TableMetadataValue:
+    """True recall and cost by nprobe, up to where more lists find hardly more."""
+    columns = list(dict.fromkeys(name for probe in facts.probes for name in probe)) or ["nprobe"]
+    records = [dg.TableRecord(probe) for probe in facts.probes]
+    schema = dg.TableSchema(
+        [dg.TableColumn(name, "int" if name == "nprobe" else "float") for name in columns]
+    )
+    return dg.MetadataValue.table(records, schema=schema)

@@ -26,8 +26,12 @@ _SPARSE = 16
 
 @dataclass(frozen=True)
 class Sample:
-    """vectors (n, d) float32 in random order; table_rows: rows there are; rejected: reason -> rows."""
+    """vectors (n, d) float32 in random order, and their idx (n,) int64.
 
+    table_rows: rows there are; rejected: reason -> rows.
+    """
+
+    idx: NDArray[np.int64]
     vectors: NDArray[np.float32]
     table_rows: int
     rejected: dict[str, int]
@@ -49,7 +53,7 @@ def sample_vectors(
     table_rows, low, high = count_rows(connection, spec)
     target = min(wanted(table_rows), table_rows)
     random = np.random.default_rng(seed)
-    vectors = np.empty((target, spec.dimension), np.float32)
+    vectors, idx = np.empty((target, spec.dimension), np.float32), np.empty(target, np.int64)
     rejected: dict[str, int] = {}
     done = 0
     if high - low >= _SPARSE * table_rows:
@@ -66,11 +70,12 @@ def sample_vectors(
         # Rows come in key order: the first of a round would be the oldest of the table.
         usable = random.permutation(np.flatnonzero(decoded.reasons == Reason.OK))[: target - done]
         decoded.vectors.take(usable, axis=0, out=vectors[done : done + len(usable)], mode="clip")
+        idx[done : done + len(usable)] = page.idx[usable]
         done += len(usable)
         on_rows(done, target)
         if done >= target:
             break
-    return Sample(vectors[:done], table_rows, rejected)
+    return Sample(idx[:done], vectors[:done], table_rows, rejected)
 
 
 def _keys_for(target: int, span: int, table_rows: int) -> int:

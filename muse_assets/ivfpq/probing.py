@@ -1,7 +1,7 @@
-"""How many lists a search has to probe: recall@10 and the share of all answers found, by nprobe.
+"""How many lists a search has to probe: true recall by nprobe, and the nprobe to store.
 
-Here: one measurement on an index in memory and a sample of its rows, and the nprobe to store. Not here: any
-other quality (`quality`).
+Here: what an index in memory finds of its queries' exact neighbors. Not here: those neighbors
+(`exact_neighbors`), or any other quality (`quality`).
 """
 
 from __future__ import annotations
@@ -13,31 +13,41 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from muse_assets.ivfpq.contents import read_contents
+from muse_assets.ivfpq.exact_neighbors import Ids, Neighbors, Queries
+
+# recall@10 decides; the others are told.
 K = 10
-# Lists probed at first, and how many times more while a larger share of answers lies in the further half of
-# them. With 1.6 % there (100k rows, 400 lists), 0.1 % of the answers lay beyond the 64 lists.
-_FIRST_REACH = 64
-_FURTHER = 4
-_SETTLED = 0.02
+KS = (1, 10, 100)
+# The ladder ends where twice the lists find less than this share more.
+_SETTLED = 0.005
+# Rows as near as the exact k-th neighbor count, identical vectors (every song of an artist) included.
+_AS_NEAR = 1e-4
+_NOTHING = 1e-6
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What queries find in `nprobe` lists. recall: k -> share of the exact k nearest rows, on average.
+
+    codes_scanned: a query. k is left out where no query has k neighbors that are known.
+    """
+
+    nprobe: int
+    recall: dict[int, float]
+    codes_scanned: float
 
 
 @dataclass(frozen=True)
 class ProbeCurve:
-    """By nprobe, ascending: recall@10 against exact search, share of exhaustive probing's answers found.
+    """By nprobe, ascending; queries: how many were asked."""
 
-    recall is measured among the sampled rows alone (a selector hides the others), so it reads a few
-    points low where the sample is thin (75.3 for a true 78.8 at a tenth): compare it with itself.
-    kept is measured on the whole index and needs no vectors but the queries.
-    """
+    probes: tuple[Probe, ...]
+    queries: int
 
-    nprobe: tuple[int, ...]
-    recall: tuple[float, ...]
-    kept: tuple[float, ...]
-    codes_scanned: tuple[float, ...]
-
-    def at(self, nprobe: int) -> float:
-        """recall@10 at a measured nprobe."""
-        return self.recall[self.nprobe.index(nprobe)]
+    def at(self, nprobe: int) -> Probe:
+        """The probe of a measured nprobe."""
+        return next(probe for probe in self.probes if probe.nprobe == nprobe)
 
 
 def probe_ladder(nlist: int, fixed: int | None = None) -> tuple[int, ...]:
@@ -47,133 +57,111 @@ def probe_ladder(nlist: int, fixed: int | None = None) -> tuple[int, ...]:
 
 
 def measure_probes(
-    index: Any,
-    ids: NDArray[np.int64],
-    vectors: NDArray[np.float32],
-    queries: int = 200,
-    k: int = K,
-    *,
-    fixed: int | None = None,
+    index: Any, queries: Queries, neighbors: Neighbors, *, fixed: int | None = None
 ) -> ProbeCurve:
-    """Measure recall@k with the first `queries` sampled rows as queries, each row's own id left out.
+    """Measure recall@1, @10 and @100 by nprobe, until more lists find hardly more.
 
-    ids (n,) int64 and vectors (n, d) float32: a random sample of the index's rows as stored. A returned
-    id counts when it is as near as the exact k-th neighbor, so rows with identical vectors (every song of
-    an artist) do not count as misses. fixed: an nprobe to measure too.
-
-    What probing every list would find is taken from the nearest 64 lists, or four times as many as long
-    as more than 2 % of it lies in the further half of them: probing all is most of a measurement's cost.
+    A returned id counts when it is as near as the exact k-th neighbor. fixed: an nprobe to measure too.
+    Without queries or neighbors recall is 1.
     """
-    base, query = np.ascontiguousarray(vectors), np.ascontiguousarray(vectors[:queries])
-    order = np.argsort(ids)
-    sorted_ids = ids[order]
-    k = min(k, len(ids) - 1)
-    if k < 1:
-        return ProbeCurve((index.nlist,), (1.0,), (1.0,), (float(len(ids)),))
-    nearest = _kth_distances(query, base, k) * (1 + 1e-4) + 1e-6
-
+    known = neighbors.known()
+    # Where every row is listed there may be fewer than k.
+    complete = np.isinf(neighbors.horizon)
+    asked = {
+        k: np.flatnonzero((known >= k) | (complete & (known > 0)))
+        for k in KS
+        if (known >= k).any() or (k <= K and known.any())
+    }
+    if not asked:
+        return ProbeCurve((Probe(index.nlist, dict.fromkeys((1, K), 1.0), float(index.ntotal)),), 0)
+    tied = _tied_distances(index, queries, neighbors)
     # List -1, which an HNSW quantizer gives where it reaches fewer lists than asked for, has no codes.
-    sizes = np.array([*(index.invlists.list_size(i) for i in range(index.nlist)), 0])
-    probed, ranks = _answers(index, query, ids[:queries], k, fixed or 0)
-    selector = None if len(sorted_ids) == sizes.sum() else faiss.IDSelectorBatch(sorted_ids)
-    ladder, recall, kept, scanned = [], [], [], []
+    sizes = np.array([*(index.invlists.list_size(number) for number in range(index.nlist)), 0])
+    found: list[Probe] = []
     for nprobe in probe_ladder(index.nlist, fixed):
-        if nprobe > probed.shape[1]:
+        to_lists, lists = faiss.downcast_index(index.quantizer).search(queries.vectors, nprobe)
+        ids, distances = _search_others(index, queries, lists, to_lists, max(asked))
+        recall = {
+            k: _recall(neighbors, tied, rows, np.minimum(known[rows], k), ids, distances)
+            for k, rows in asked.items()
+        }
+        found.append(Probe(nprobe, recall, float(sizes[lists].sum(axis=1).mean())))
+        settled = len(found) > 1 and recall[K] - found[-2].recall[K] <= _SETTLED * recall[K]
+        if settled and nprobe >= (fixed or 0):
             break
-        found = _search_without_self(index, query, ids[:queries], nprobe, k, selector)
-        rows = order[np.clip(np.searchsorted(sorted_ids, found), 0, len(base) - 1)]
-        distances = np.square(base[rows] - query[:, None, :]).sum(axis=2)
-        ladder.append(nprobe)
-        recall.append(float(((distances <= nearest[:, None]) & (found >= 0)).mean()))
-        kept.append(float((ranks < nprobe).mean()) if len(ranks) else 1.0)
-        scanned.append(float(sizes[probed[:, :nprobe]].sum(axis=1).mean()))
-        if kept[-1] == 1.0 and len(recall) > 1 and recall[-1] == recall[-2] and nprobe >= (fixed or 0):
-            break
-    return ProbeCurve(tuple(ladder), tuple(recall), tuple(kept), tuple(scanned))
+    return ProbeCurve(tuple(found), len(queries.ids))
 
 
 def choose_nprobe(curve: ProbeCurve, recall_gate: float, probe_share: float, fixed: int | None = None) -> int:
-    """`fixed` if it was measured; else the smallest measured nprobe that meets both limits.
+    """`fixed` if it was measured; else the smallest measured nprobe whose recall@10 meets both limits.
 
-    They are recall@10, and the share of exhaustive probing's answers that is found.
-
-    Plain search uses the nprobe stored in the file; the largest step where nothing meets the gate.
+    They are the gate, and the share of what more lists would find. Plain search uses the nprobe stored in
+    the file; the last step where nothing meets the gate.
     """
-    if fixed in curve.nprobe:
-        return fixed
-    for nprobe, recall, kept in zip(curve.nprobe, curve.recall, curve.kept, strict=True):
-        if recall >= recall_gate and kept >= probe_share:
-            return nprobe
-    return curve.nprobe[-1]
+    if any(probe.nprobe == fixed for probe in curve.probes):
+        return fixed or 0
+    most = max(probe.recall[K] for probe in curve.probes)
+    for probe in curve.probes:
+        if probe.recall[K] >= max(recall_gate, probe_share * most):
+            return probe.nprobe
+    return curve.probes[-1].nprobe
 
 
-def _kth_distances(query: NDArray[np.float32], base: NDArray[np.float32], k: int) -> NDArray[np.float32]:
-    """Squared distance (q,) of the first q rows of `base` to their exact k-th neighbors among the others."""
-    distances, neighbors = faiss.knn(query, base, k + 1)
-    # The query row is its own nearest neighbor, or ties with it: drop it, else the farthest.
-    own = neighbors == np.arange(len(query))[:, None]
+def _search_others(
+    index: Any, queries: Queries, lists: Ids, to_lists: NDArray[np.float32], k: int
+) -> tuple[Ids, NDArray[np.float32]]:
+    """Ids (q, k) in `lists` (q, nprobe), -1 where there are fewer, and distances; own rows left out."""
+    stored, index.nprobe = index.nprobe, lists.shape[1]
+    try:
+        distances, ids = index.search_preassigned(queries.vectors, k + 1, lists, to_lists)
+    finally:
+        index.nprobe = stored
+    own = ids == queries.ids[:, None]
     own[~own.any(axis=1), -1] = True
-    kth: NDArray[np.float32] = distances[~own].reshape(len(query), k)[:, -1]
-    return kth
+    shape = (len(ids), k)
+    return ids[~own].reshape(shape), distances[~own].reshape(shape)
 
 
-def _answers(
-    index: Any, query: NDArray[np.float32], own: NDArray[np.int64], k: int, at_least: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The lists probed, nearest first (q, reach), and at which place of them each answer (a,) was found.
+def _limits(neighbors: Neighbors, rows: Ids, counts: Ids) -> NDArray[np.float32]:
+    """The distance up to which a row counts among the `counts` (r,) nearest of queries `rows` (r,)."""
+    kth = neighbors.distances[rows, counts - 1]
+    return kth * np.float32(1 + _AS_NEAR) + np.float32(_NOTHING)
 
-    An answer within the first p lists is one of the nearest k there too: so one search says for every p
-    which of its answers are found.
+
+def _recall(
+    neighbors: Neighbors,
+    tied: NDArray[np.float32],
+    rows: Ids,
+    counts: Ids,
+    ids: Ids,
+    distances: NDArray[np.float32],
+) -> float:
+    """Mean share of the `counts` (r,) nearest of queries `rows` (r,) among ids (q, k), nearest first."""
+    limits = _limits(neighbors, rows, counts)[:, None]
+    considered = np.arange(ids.shape[1]) < counts[:, None]
+    ids, distances, tied = ids[rows], distances[rows], tied[rows][:, None]
+    listed = np.where(neighbors.distances[rows] <= limits, neighbors.ids[rows], -2)
+    right = (ids[:, :, None] == listed[:, None, :]).any(axis=2)
+    beyond = neighbors.distances[rows, -1:] <= limits
+    right |= beyond & (ids >= 0) & (np.abs(distances - tied) <= _AS_NEAR * tied + _NOTHING)
+    return float(((right & considered).sum(axis=1) / counts).mean())
+
+
+def _tied_distances(index: Any, queries: Queries, neighbors: Neighbors) -> NDArray[np.float32]:
+    """What the index gives as distance of each query's last listed row (q,); nan where the list is not full.
+
+    Of more identical rows than are listed, any is right: they share list and code, and so this distance.
     """
-    reach = min(max(_FIRST_REACH, at_least), index.nlist)
-    while True:
-        to_lists, probed = faiss.downcast_index(index.quantizer).search(query, reach)
-        ranks = _ranks(index, query, own, k, probed, to_lists)
-        if reach == index.nlist or not len(ranks) or float((ranks >= reach // 2).mean()) <= _SETTLED:
-            return probed, ranks
-        reach = min(_FURTHER * reach, index.nlist)
-
-
-def _ranks(
-    index: Any,
-    query: NDArray[np.float32],
-    own: NDArray[np.int64],
-    k: int,
-    probed: NDArray[np.int64],
-    to_lists: NDArray[np.float32],
-) -> NDArray[np.int64]:
-    distances = np.empty((len(query), k + 1), np.float32)
-    places = np.empty((len(query), k + 1), np.int64)
-    index.search_preassigned_c(
-        len(query),
-        faiss.swig_ptr(query),
-        k + 1,
-        faiss.swig_ptr(probed),
-        faiss.swig_ptr(to_lists),
-        faiss.swig_ptr(distances),
-        faiss.swig_ptr(places),
-        True,
-        faiss.SearchParametersIVF(nprobe=probed.shape[1]),
-        None,
-    )
-    # A place is list number << 32 | offset, -1 where fewer than k + 1 rows were reached.
-    lists, offsets = places >> 32, places & 0xFFFFFFFF
-    mine = np.zeros(places.shape, bool)
-    for row, column in np.argwhere(places >= 0):
-        number, offset = int(lists[row, column]), int(offsets[row, column])
-        mine[row, column] = index.invlists.get_single_id(number, offset) == own[row]
-    mine[~mine.any(axis=1), -1] = True
-    ranks = np.argmax(probed[:, None, :] == lists[:, :, None], axis=2)
-    found: NDArray[np.int64] = ranks[~mine & (places >= 0)]
-    return found
-
-
-def _search_without_self(
-    index: Any, query: NDArray[np.float32], own: NDArray[np.int64], nprobe: int, k: int, selector: Any
-) -> NDArray[np.int64]:
-    parameters = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
-    _, found = index.search(query, k + 1, params=parameters)
-    mine = found == own[:, None]
-    mine[~mine.any(axis=1), -1] = True
-    kept: NDArray[np.int64] = found[~mine].reshape(len(query), k)
-    return kept
+    tied = np.full(len(queries.ids), np.nan, np.float32)
+    full = np.flatnonzero(neighbors.ids[:, -1] >= 0)
+    last = neighbors.ids[full, -1]
+    held = read_contents(index, only=np.unique(last))
+    present = np.isin(last, held.ids)
+    full, last = full[present], last[present]
+    at = np.searchsorted(held.ids, last)
+    decoded = index.pq.decode(held.codes[at])
+    if index.by_residual:
+        centroids = faiss.downcast_index(index.quantizer).reconstruct_batch(held.lists[at])
+        decoded = decoded + centroids
+    tied[full] = np.square(queries.vectors[full] - decoded).sum(axis=1)
+    return tied

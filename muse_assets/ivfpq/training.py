@@ -62,11 +62,15 @@ CODEBOOK_STAGES = (CodebookStage(16_384, 8, 2e-3), CodebookStage(_PQ_TRAINING_RO
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained, empty IndexIVFPQ; coarse_error: mean squared distance to the nearest centroid."""
+    """A trained, empty IndexIVFPQ.
+
+    objective: mean squared distance of the sample to its centroids, by step; imbalance: of the lists that
+    the sample would fill, as FAISS's factor.
+    """
 
     index: Any
     rows: int
-    coarse_error: float
+    imbalance: float
     objective: tuple[float, ...]
 
 
@@ -114,7 +118,8 @@ def train(
     codebooks = _codebooks(sample[-pq_rows:], coarse, m, 1 << nbits, seed)
     faiss.copy_array_to_vector(codebooks.ravel(), index.pq.centroids)
     index.is_trained = True
-    return Trained(index, rows, objective[-1], objective)
+    sizes = np.bincount(coarse.nearest, minlength=nlist).astype(np.float64)
+    return Trained(index, rows, float(nlist * (sizes**2).sum() / rows**2), objective)
 
 
 def _coarse_quantizer(dimension: int, nlist: int) -> Any:

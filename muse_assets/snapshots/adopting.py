@@ -35,7 +35,6 @@ from muse_assets.embeddings.reading import (
     count_rows,
     join_pages,
     pages,
-    rows_by_idx,
     table_columns,
 )
 from muse_assets.failures import PermanentFailure
@@ -47,19 +46,19 @@ from muse_assets.ivfpq.encoding import (
     split_codes,
     why_not_continued,
 )
+from muse_assets.ivfpq.exact_neighbors import NearestRows, Neighbors, Queries, no_neighbors
 from muse_assets.ivfpq.files import describe, read_index
-from muse_assets.ivfpq.probing import ProbeCurve, measure_probes
+from muse_assets.ivfpq.probing import K, ProbeCurve, measure_probes
 from muse_assets.ivfpq.quality import imbalance
 from muse_assets.manifest import Manifest, write_manifest
-from muse_assets.snapshots.building import source_of
-from muse_assets.snapshots.cluster import ClusterManifest, load_cluster, take_cluster
+from muse_assets.snapshots.building import recall_facts, source_of
+from muse_assets.snapshots.cluster import SEED, ClusterManifest, load_cluster, take_cluster
 from muse_assets.snapshots.progress import Progress, silent
-from muse_assets.snapshots.sampled_rows import SAMPLED_ROWS
+from muse_assets.snapshots.queries import draw_queries
 from muse_assets.snapshots.store import (
     RowState,
     Snapshot,
     lock_file,
-    no_rows,
     read_state,
     snapshots,
     sweep,
@@ -71,7 +70,6 @@ MODE = "adopted"
 MIN_AGREEMENT = 0.9
 # Rows that stand at other ids: two pairs whose vectors were swapped since. A gap shifts every later row.
 _MAX_MOVED = 4
-_SAMPLE_SEED = 7
 # Rows that differ are looked for at other ids; so many tell a shift from re-embedded rows.
 _KEPT_DIFFERENCES = 50_000
 _STEP_ROWS = 65_536
@@ -110,9 +108,17 @@ class _Moved:
 
 
 @dataclass(frozen=True)
+class _Facts:
+    """Of the proved buckets of a step: digests, and the rows that cannot be indexed."""
+
+    digests: Digests
+    rejected_idx: NDArray[np.int64]
+    rejected_reason: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
 class _Proof:
     state: RowState
-    proved_ids: NDArray[np.int64]
     newest_idx: int
     table_rows: int
     compared: int
@@ -155,7 +161,7 @@ def adopt(
             proof = _prove(engine, spec, index, held, on_progress)
             _require_ids_by_idx(spec, live, proof)
             on_progress("measuring recall", 0, 0)
-            curve = _measure(engine, spec, index, proof)
+            curve = _measure(index, proof.state)
             _require_shape(spec, live, index, curve)
             manifest = Manifest(
                 index=spec.name,
@@ -184,14 +190,15 @@ def adopt(
                 reembedded=0,
                 gate="",  # nothing was gated: even an unchanged table is measured by the next build
                 rejected=proof.state.rejected_counts(),
-                recall_at_10=curve.at(index.nprobe),
-                recall_curve={str(n): round(r, 4) for n, r in zip(curve.nprobe, curve.recall, strict=True)},
+                **recall_facts(curve, index.nprobe),
                 imbalance=round(imbalance(index), 4),
                 list_sizes=[int(size) for size in list_sizes(index)],
             )
             write_state(work, spec.name, staged.sha256, proof.state)
             write_manifest(work, manifest)
-            cluster = take_cluster(index, spec, work / spec.cluster_file, table_rows=proof.table_rows)
+            cluster = take_cluster(
+                index, spec, work / spec.cluster_file, proof.state.queries, table_rows=proof.table_rows
+            )
         except BaseException:
             durable_files.discard(staged)
             raise
@@ -272,7 +279,9 @@ def _prove(engine: Engine, spec: IndexSpec, index: Any, held: Contents, on_progr
     once[1:] &= ~duplicate
     once[:-1] &= ~duplicate
     agrees = np.zeros(len(held.ids), bool)
-    facts = [no_rows()]
+    queries = draw_queries(engine, spec, seed=SEED)
+    nearest = NearestRows(queries, no_neighbors(queries))
+    facts = [_Facts(empty_digests(), np.empty(0, np.int64), np.empty(0, np.uint8))]
     differing = [(held.ids[:0], held.lists[:0], held.codes[:0])]
     compared = absent = kept = done = 0
     for step in _steps(oldest, newest):
@@ -284,8 +293,9 @@ def _prove(engine: Engine, spec: IndexSpec, index: Any, held: Contents, on_progr
         )
         decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
         good = decoded.reasons == Reason.OK
-        ids = page.idx[good] + spec.id_offset
-        lists, codes = split_codes(index, encode_all(index, decoded.vectors[good]))
+        ids, vectors = page.idx[good] + spec.id_offset, decoded.vectors[good]
+        nearest.take(ids, vectors)
+        lists, codes = split_codes(index, encode_all(index, vectors))
         at = np.minimum(np.searchsorted(held.ids, ids), len(held.ids) - 1)
         present = held.ids[at] == ids
         equal = present & once[at] & (held.lists[at] == lists) & (held.codes[at] == codes).all(axis=1)
@@ -300,14 +310,13 @@ def _prove(engine: Engine, spec: IndexSpec, index: Any, held: Contents, on_progr
         digests = digest_rows(page.idx, page.payloads)
         rejected = ~good & np.isin(page.idx // BUCKET_ROWS, proved)
         facts.append(
-            RowState(digests.select(proved), page.idx[rejected], decoded.reasons[rejected].astype(np.uint8))
+            _Facts(digests.select(proved), page.idx[rejected], decoded.reasons[rejected].astype(np.uint8))
         )
         done += len(page.idx)
         on_progress("comparing with the table", done, table_rows)
     ids, lists, codes = (np.concatenate(parts) for parts in zip(*differing, strict=True))
     return _Proof(
-        state=_joined(facts),
-        proved_ids=held.ids[agrees],
+        state=_joined(facts, queries, nearest.hand_over()),
         newest_idx=newest,
         table_rows=table_rows,
         compared=compared,
@@ -346,7 +355,7 @@ def _proved_buckets(
     return proved
 
 
-def _joined(facts: list[RowState]) -> RowState:
+def _joined(facts: list[_Facts], queries: Queries, neighbors: Neighbors) -> RowState:
     columns = np.concatenate([one.digests.columns() for one in facts])
     digests = empty_digests().replaced(
         np.empty(0, np.int64), Digests(*(columns[:, column] for column in range(columns.shape[1])))
@@ -355,6 +364,8 @@ def _joined(facts: list[RowState]) -> RowState:
         digests,
         np.concatenate([one.rejected_idx for one in facts]),
         np.concatenate([one.rejected_reason for one in facts]),
+        queries,
+        neighbors,
     )
 
 
@@ -382,7 +393,7 @@ def _moved(spec: IndexSpec, rows: Contents, held: Contents, agrees: NDArray[np.b
 
 def _keys(lists: NDArray[np.int64], codes: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """A 64-bit hash of each (list, code), (n,): collisions need billions of rows."""
-    weights = np.random.default_rng(_SAMPLE_SEED).integers(1, 1 << 63, codes.shape[1] + 1, np.uint64)
+    weights = np.random.default_rng(SEED).integers(1, 1 << 63, codes.shape[1] + 1, np.uint64)
     keys: NDArray[np.uint64] = lists.astype(np.uint64) * weights[0]
     for column in range(codes.shape[1]):
         keys += codes[:, column].astype(np.uint64) * weights[column + 1]
@@ -407,23 +418,11 @@ def _require_ids_by_idx(spec: IndexSpec, live: Path, proof: _Proof) -> None:
         )
 
 
-def _measure(engine: Engine, spec: IndexSpec, index: Any, proof: _Proof) -> ProbeCurve:
-    """recall@10 of the file as it is, on rows that were proved."""
-    random = np.random.default_rng(_SAMPLE_SEED)
-    count = min(SAMPLED_ROWS, len(proof.proved_ids))
-    wanted = random.choice(proof.proved_ids, count, replace=False) - spec.id_offset
-    page = read(
-        engine,
-        f"sampling {spec.table} to measure {spec.name}",
-        lambda connection: join_pages(rows_by_idx(connection, spec, wanted)),
-    )
-    decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
-    good = decoded.reasons == Reason.OK
-    ids, vectors = page.idx[good] + spec.id_offset, decoded.vectors[good]
-    order = random.permutation(len(ids))
+def _measure(index: Any, state: RowState) -> ProbeCurve:
+    """Recall of the file as it is."""
     index.use_precomputed_table = 0
     index.precompute_table()
-    return measure_probes(index, ids[order], vectors[order], fixed=index.nprobe)
+    return measure_probes(index, state.queries, state.neighbors, fixed=index.nprobe)
 
 
 def _require_shape(spec: IndexSpec, live: Path, index: Any, curve: ProbeCurve) -> None:
@@ -435,8 +434,9 @@ def _require_shape(spec: IndexSpec, live: Path, index: Any, curve: ProbeCurve) -
         "nprobe": index.nprobe,
     }
     differs = any(getattr(spec, name) != value for name, value in shape.items())
-    if spec.recall_gate > curve.at(index.nprobe):
-        shape["recall_gate"] = math.floor(curve.at(index.nprobe) * _GATE_MARGIN * 100) / 100
+    recall = curve.at(index.nprobe).recall[K]
+    if spec.recall_gate > recall:
+        shape["recall_gate"] = math.floor(recall * _GATE_MARGIN * 100) / 100
         differs = True
     if spec.max_imbalance < imbalance(index):
         shape["max_imbalance"] = math.ceil(imbalance(index) / _GATE_MARGIN * 10) / 10
@@ -445,7 +445,7 @@ def _require_shape(spec: IndexSpec, live: Path, index: Any, curve: ProbeCurve) -
         lines = "\n".join(f"{name} = {value}" for name, value in shape.items())
         raise PermanentFailure(
             f"Index {spec.name}: every id of {live} is idx {spec.id_offset:+d}, but the catalog does not say "
-            f"its shape (recall@10 {curve.at(index.nprobe):.3f} at nprobe {index.nprobe}).",
+            f"its shape (recall@10 {recall:.3f} at nprobe {index.nprobe}).",
             next_step="put these lines into the file that MUSE_CATALOG names, then adopt again:\n\n"
             f"[index.{spec.name}]\n{lines}",
         )

@@ -17,31 +17,33 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 from muse_assets import durable_files
 from muse_assets.catalog import IndexSpec
 from muse_assets.connections.databases import read
 from muse_assets.durable_files import Staged
 from muse_assets.embeddings.decoding import Reason, decode
-from muse_assets.embeddings.digests import BUCKET_ROWS, Digests, changed_buckets, read_digests
-from muse_assets.embeddings.reading import Bounds, Page, freeze, join_pages, rows_by_idx
+from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets, read_digests
+from muse_assets.embeddings.reading import Bounds, join_pages, rows_by_idx
 from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import list_ids, list_sizes, trained_fingerprint
 from muse_assets.ivfpq.encoding import encoder_name
+from muse_assets.ivfpq.exact_neighbors import Queries, lists_suffice
 from muse_assets.ivfpq.files import discard_lists, ntotal_field, read_index, write_index
 from muse_assets.ivfpq.probing import K, ProbeCurve, choose_nprobe, measure_probes
 from muse_assets.ivfpq.quality import imbalance, reencoded_wrongly
 from muse_assets.manifest import Manifest, read_manifest, write_manifest
 from muse_assets.snapshots import gate
-from muse_assets.snapshots.cluster import Cluster, load_cluster
+from muse_assets.snapshots.cluster import SEED, Cluster, keep_queries, load_cluster
 from muse_assets.snapshots.gate import Check, GateFailed
 from muse_assets.snapshots.progress import Progress, silent
-from muse_assets.snapshots.sampled_rows import Gathered, RowSample, choose_rows, keep_rows, kept_rows
+from muse_assets.snapshots.queries import draw_queries
 from muse_assets.snapshots.store import (
     RowState,
     Snapshot,
     lock_file,
+    no_rows,
     read_state,
     snapshots,
     sweep,
@@ -58,12 +60,8 @@ from muse_assets.snapshots.sync import (
 )
 
 # Rows read again from the table and encoded again, half of them of those that this build put in.
-_REENCODED_ROWS = 1_000
-_QUERIES = 200
+_REREAD_ROWS = 1_000
 _COMPARED_QUERIES = 20
-# More rows than these are digested as they are read again, so that they can be kept for the next day.
-_READ_UNPROVED = 1_000
-_ROWS_A_READ = 2_000
 
 
 @dataclass(frozen=True)
@@ -108,40 +106,30 @@ class _Parent:
 
 @dataclass(frozen=True)
 class _Filled:
-    """An index that was synced, and what it was synced from and to. gathered: vectors read on the way."""
+    """An index that was synced, and what it was synced from and to."""
 
     index: Any
     cluster: Cluster
     parent: _Parent | None
     table: TableState
     synced: Synced
-    gathered: Gathered
-
-
-@dataclass(frozen=True)
-class _Sampled:
-    """The first `chosen` of `rows` are measured on. unproved: ids that are as read, not as digested."""
-
-    rows: RowSample
-    chosen: int
-    unproved: NDArray[np.int64]
-
-    @property
-    def chosen_rows(self) -> RowSample:
-        return self.rows.first(self.chosen)
-
-    @property
-    def proved(self) -> RowSample:
-        return self.rows.only(~np.isin(self.rows.ids, self.unproved))
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """distances (q, K) float32: from each of `queries` (q, d) to the nearest rows, squared."""
+    """distances (c, K) float32: what the index gives for the first c queries."""
 
     curve: ProbeCurve
-    queries: NDArray[np.float32]
     distances: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Reread:
+    """Rows of the table, read again. ids (n,), vectors (n, d); wrong (w,): ids that encode otherwise."""
+
+    ids: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+    wrong: NDArray[np.int64]
 
 
 def build_snapshot(
@@ -184,14 +172,26 @@ def build_snapshot(
         if parent and same_rows and parent.snapshot.manifest.gate == gate_of(spec):
             built = _unchanged(build, parent, table)
         else:
-            index = read_index(parent.snapshot.path) if parent else cluster.index
-            gathered = Gathered(table.digests.total_rows, spec.dimension)
-            before = parent.state if parent else None
-            synced = synchronize(engine, spec, index, before, table, on_progress, gathered.take)
+            filled = _fill(build, cluster, parent, table)
+            if parent and not lists_suffice(filled.synced.state.neighbors):
+                filled = _fill(build, load_cluster(cluster.path, spec), None, table)
             previous_rows = previous.manifest.rows if previous else 0
-            require_plausible(spec, synced, previous_rows, confirm_shrink=confirm_shrink)
-            built = _finish(build, _Filled(index, cluster, parent, table, synced, gathered))
+            require_plausible(spec, filled.synced, previous_rows, confirm_shrink=confirm_shrink)
+            built = _finish(build, filled)
         return replace(built, previous=previous)
+
+
+def _fill(build: _Build, cluster: Cluster, parent: _Parent | None, table: TableState) -> _Filled:
+    if parent:
+        index, before = read_index(parent.snapshot.path), parent.state
+    else:
+        queries = cluster.queries
+        if queries is None:
+            queries = draw_queries(build.engine, build.spec, seed=SEED)
+            keep_queries(cluster, build.spec, queries)
+        index, before = cluster.index, no_rows(queries)
+    synced = synchronize(build.engine, build.spec, index, before, table, build.on_progress)
+    return _Filled(index, cluster, parent, table, synced)
 
 
 def source_of(spec: IndexSpec) -> str:
@@ -249,9 +249,7 @@ def _unchanged(build: _Build, parent: _Parent, table: TableState) -> Built:
 def _finish(build: _Build, filled: _Filled) -> Built:
     spec, synced, day = build.spec, filled.synced, build.day.isoformat()
     build.on_progress("measuring recall", 0, 0)
-    sampled = _sample_rows(build, filled)
-    sample = sampled.chosen_rows
-    measured = _measure(spec, filled.index, sample)
+    measured = _measure(spec, filled.index, synced.state)
     build.on_progress("writing", 0, 0)
     staged = durable_files.stage(build.target, partial(write_index, filled.index))
     try:
@@ -264,15 +262,15 @@ def _finish(build: _Build, filled: _Filled) -> Built:
             unread = gate.check_integrity((error.what,), staged.sha256, staged.size)
             raise GateFailed(spec, day, (unread,)) from error
         sizes = list_sizes(index)
+        reread = _reread(build, index, synced)
+        different = _differences(index, filled.cluster.fingerprint, synced.state.queries, measured)
         checks = (
             gate.check_id_parity(synced.expected_ids, list_ids(index), synced.state.digests.total_rows),
-            gate.check_recall(spec, measured.curve, index.nprobe, len(sample.ids)),
-            _reencode(build, index, synced),
+            gate.check_recall(spec, measured.curve, index.nprobe),
+            gate.check_reencoding(reread.wrong, len(reread.ids)),
             gate.check_balance(spec, imbalance(index), sizes),
-            gate.check_norms(np.linalg.norm(sample.vectors, axis=1)),
-            gate.check_integrity(
-                _differences(index, filled.cluster.fingerprint, measured), staged.sha256, staged.size
-            ),
+            gate.check_norms(np.linalg.norm(reread.vectors, axis=1)),
+            gate.check_integrity(different, staged.sha256, staged.size),
         )
         gate.require_passed(spec, day, checks)
         manifest = _manifest(build, filled, index, measured.curve, staged, checks)
@@ -282,8 +280,6 @@ def _finish(build: _Build, filled: _Filled) -> Built:
         durable_files.discard(staged)
         raise
     durable_files.commit(staged)
-    if len(sample.ids) < manifest.rows:  # a table that is all sample is read again as fast
-        keep_rows(build.work, spec, manifest.source, synced.state.digests, sampled.proved)
     return _built(build, manifest, checks, synced.state, filled.table)
 
 
@@ -301,82 +297,40 @@ def _built(
     )
 
 
-def _sample_rows(build: _Build, filled: _Filled) -> _Sampled:
-    """Gather the vectors of the chosen rows: as pulled, as kept, else read again.
-
-    Rows that have gone meanwhile are left out.
-    """
-    spec, digests = build.spec, filled.synced.state.digests
-    chosen = choose_rows(filled.synced.expected_ids)
-    rows, unproved = filled.gathered.hand_over(), [np.empty(0, np.int64)]
-    if not np.isin(chosen, rows.ids).all():
-        rows = rows.joined(kept_rows(build.work, spec, source_of(spec), digests))
-    missing = np.sort(chosen[~np.isin(chosen, rows.ids)])
-    for at in range(0, len(missing), _ROWS_A_READ):
-        part = missing[at : at + _ROWS_A_READ]
-        again, moved = _read_rows(build, part, digests if len(missing) > _READ_UNPROVED else None)
-        rows = rows.joined(again)
-        unproved.append(again.ids[moved])
-    found = int(np.isin(chosen, rows.ids).sum())
-    # A gate that measures next to nothing passes everything: recall 1.0 after a TRUNCATE.
-    require_still_there(spec, len(chosen), found)
-    return _Sampled(rows.by_hash(), found, np.concatenate(unproved))
-
-
-def _read_rows(
-    build: _Build, ids: NDArray[np.int64], digests: Digests | None = None
-) -> tuple[RowSample, NDArray[np.bool_]]:
-    """The usable rows of `ids` (n,) ascending, and which of them are not proved to be as `digests` say.
-
-    Digested in the transaction that reads them: the range from the first to the last, so it suits ids that
-    lie close together. Without `digests` none is proved.
-    """
+def _read_rows(build: _Build, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The usable rows among `ids` (n,) as the table has them now: their ids and vectors as indexed."""
     spec = build.spec
-    wanted = ids - spec.id_offset
-
-    def rows(connection: Connection) -> tuple[Page, Digests | None]:
-        freeze(connection)
-        page = join_pages(rows_by_idx(connection, spec, wanted))
-        if digests is None:
-            return page, None
-        buckets = wanted // BUCKET_ROWS
-        bounds = Bounds(int(buckets[0]) * BUCKET_ROWS, int(buckets[-1] + 1) * BUCKET_ROWS - 1)
-        return page, read_digests(connection, spec, [bounds])
-
-    page, found = read(build.engine, f"sampling {spec.table} to check {spec.name}", rows)
+    page = read(
+        build.engine,
+        f"sampling {spec.table} to check {spec.name}",
+        lambda connection: join_pages(rows_by_idx(connection, spec, ids - spec.id_offset)),
+    )
     decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
     good = decoded.reasons == Reason.OK
-    idx = page.idx[good]
-    moved = np.ones(len(idx), bool)
-    if digests is not None and found is not None:
-        buckets = np.unique(idx // BUCKET_ROWS)
-        moved = np.isin(idx // BUCKET_ROWS, changed_buckets(digests.select(buckets), found.select(buckets)))
-    return RowSample(idx + spec.id_offset, decoded.vectors[good]), moved
+    return page.idx[good] + spec.id_offset, decoded.vectors[good]
 
 
-def _measure(spec: IndexSpec, index: Any, sample: RowSample) -> _Measured:
+def _measure(spec: IndexSpec, index: Any, state: RowState) -> _Measured:
     """Measure recall by nprobe, set the nprobe that follows, and note some distances."""
     index.use_precomputed_table = 0
     index.precompute_table()
-    curve = measure_probes(index, sample.ids, sample.vectors, _QUERIES, fixed=spec.nprobe)
+    curve = measure_probes(index, state.queries, state.neighbors, fixed=spec.nprobe)
     index.nprobe = choose_nprobe(curve, spec.recall_gate, spec.probe_share, spec.nprobe)
-    queries = sample.vectors[:_COMPARED_QUERIES]
-    return _Measured(curve, queries, index.search(queries, K)[0])
+    return _Measured(curve, index.search(state.queries.vectors[:_COMPARED_QUERIES], K)[0])
 
 
-def _reencode(build: _Build, index: Any, synced: Synced) -> Check:
+def _reread(build: _Build, index: Any, synced: Synced) -> _Reread:
     """Read rows again, half of them of those that were put in, others every day, and encode them."""
     spec = build.spec
     random = np.random.default_rng(build.day.toordinal())
-    pulled = random.choice(
-        synced.pulled_ids, min(_REENCODED_ROWS // 2, len(synced.pulled_ids)), replace=False
-    )
-    others = random.choice(synced.expected_ids, min(_REENCODED_ROWS, len(synced.expected_ids)), replace=False)
-    others = others[~np.isin(others, pulled)][: _REENCODED_ROWS - len(pulled)]
+    pulled = random.choice(synced.pulled_ids, min(_REREAD_ROWS // 2, len(synced.pulled_ids)), replace=False)
+    others = random.choice(synced.expected_ids, min(_REREAD_ROWS, len(synced.expected_ids)), replace=False)
+    others = others[~np.isin(others, pulled)][: _REREAD_ROWS - len(pulled)]
     wanted = np.union1d(pulled, others)
-    sample, _ = _read_rows(build, wanted)
-    require_still_there(spec, len(wanted), len(sample.ids))
-    wrong = reencoded_wrongly(index, sample.ids, sample.vectors)
+    ids, vectors = _read_rows(build, wanted)
+    # A gate that measures next to nothing passes everything, as after a TRUNCATE.
+    require_still_there(spec, len(wanted), len(ids))
+    wrong = reencoded_wrongly(index, ids, vectors)
     if len(wrong):
         # A writer may have changed a row after it was indexed: that is the next run's, not a fault.
         buckets = np.unique((wrong - spec.id_offset) // BUCKET_ROWS)
@@ -388,15 +342,15 @@ def _reencode(build: _Build, index: Any, synced: Synced) -> Check:
         )
         moved = changed_buckets(synced.state.digests.select(buckets), now)
         wrong = wrong[~np.isin((wrong - spec.id_offset) // BUCKET_ROWS, moved)]
-    return gate.check_reencoding(wrong, len(sample.ids))
+    return _Reread(ids, vectors, wrong)
 
 
-def _differences(written: Any, fingerprint: str, measured: _Measured) -> tuple[str, ...]:
+def _differences(written: Any, fingerprint: str, queries: Queries, measured: _Measured) -> tuple[str, ...]:
     """What the written file, read back, has otherwise than the index that was measured."""
     problems = []
     if trained_fingerprint(written) != fingerprint:
         problems.append("the written file has another cluster")
-    distances, _ = written.search(measured.queries, K)
+    distances, _ = written.search(queries.vectors[:_COMPARED_QUERIES], K)
     # Not to the bit: how FAISS sums depends on settings of the whole process, which any encoder changes.
     if not np.allclose(distances, measured.distances, rtol=1e-3, atol=1e-5):
         problems.append("the written file answers differently")
@@ -442,14 +396,33 @@ def _manifest(
         removed=synced.removed,
         reembedded=synced.reembedded,
         rejected=synced.state.rejected_counts(),
-        recall_at_10=curve.at(index.nprobe),
-        recall_curve={str(n): round(r, 4) for n, r in zip(curve.nprobe, curve.recall, strict=True)},
+        **recall_facts(curve, index.nprobe),
         imbalance=round(imbalance(index), 4),
         list_sizes=[int(size) for size in list_sizes(index)],
         checks={
             check.name: {"passed": check.passed, "summary": check.summary, **check.facts} for check in checks
         },
     )
+
+
+def recall_facts(curve: ProbeCurve, nprobe: int) -> dict[str, Any]:
+    """The manifest's fields of a measured curve, and of the nprobe that the file holds."""
+    stored = curve.at(nprobe)
+    return {
+        "queries": curve.queries,
+        "recall_at_1": stored.recall[1],
+        "recall_at_10": stored.recall[K],
+        "recall_at_100": stored.recall.get(100),
+        "codes_scanned": stored.codes_scanned,
+        "probes": [
+            {
+                "nprobe": probe.nprobe,
+                **{f"recall@{k}": round(recall, 4) for k, recall in probe.recall.items()},
+                "codes scanned": round(probe.codes_scanned, 1),
+            }
+            for probe in curve.probes
+        ],
+    }
 
 
 def _numbers(facts: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import faiss
+import numpy as np
 from sqlalchemy import Engine
 
 from muse_assets import durable_files
@@ -23,11 +25,14 @@ from muse_assets.embeddings.reading import table_columns
 from muse_assets.embeddings.sampling import sample_vectors
 from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import trained_fingerprint
+from muse_assets.ivfpq.exact_neighbors import Queries
 from muse_assets.ivfpq.files import read_index, write_index
+from muse_assets.ivfpq.quality import imbalance
 from muse_assets.ivfpq.training import choose_nlist, train, training_rows
 from muse_assets.manifest import read_manifest
 from muse_assets.sealed_json import read_sealed, write_sealed
 from muse_assets.snapshots.progress import Progress, silent
+from muse_assets.snapshots.queries import QUERIES, hold_out, queries_path, read_queries, write_queries
 
 SEED = 20241128
 _DATED_NAME = re.compile(r"_\d{8}\.index$")
@@ -35,7 +40,11 @@ _DATED_NAME = re.compile(r"_\d{8}\.index$")
 
 @dataclass(frozen=True)
 class ClusterManifest:
-    """Facts of one trained cluster file. coarse_error: mean squared distance to the nearest centroid."""
+    """Facts of one trained cluster file.
+
+    coarse_error: mean squared distance of the held-out queries to their nearest centroids; imbalance: of the
+    lists that the training rows would fill. What an index departs from (`drift`).
+    """
 
     index: str
     sha256: str
@@ -51,15 +60,22 @@ class ClusterManifest:
     objective: tuple[float, ...]
     rejected: dict[str, int]
     seconds: float
+    imbalance: float = 0.0
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A trained, empty index in memory, its fingerprint and the file it came from."""
+    """A trained, empty index in memory, its fingerprint, the file it came from, and what came with it.
+
+    queries: None where they are lost. facts: None for a filled index that stands for its cluster.
+    """
 
     index: Any
     fingerprint: str
     path: Path
+    sha256: str
+    queries: Queries | None
+    facts: ClusterManifest | None
 
 
 def train_cluster(
@@ -76,7 +92,7 @@ def train_cluster(
         sample = sample_vectors(
             connection,
             spec,
-            lambda rows: training_rows(choose_nlist(rows, spec.nlist)),
+            lambda rows: training_rows(choose_nlist(rows, spec.nlist)) + QUERIES,
             seed=seed,
             on_rows=lambda done, wanted: on_progress("sampling", done, wanted),
         )
@@ -96,40 +112,56 @@ def train_cluster(
         on_progress(f"training: {text}", stages, 0)
 
     nlist = min(choose_nlist(sample.table_rows, spec.nlist), spec.nlist or len(sample.vectors))
-    trained = train(sample.vectors, nlist=nlist, m=spec.m, nbits=spec.nbits, seed=seed, on_stage=on_stage)
+    queries, rows = hold_out(spec, sample)
+    trained = train(
+        sample.vectors[:rows], nlist=nlist, m=spec.m, nbits=spec.nbits, seed=seed, on_stage=on_stage
+    )
     return _write_cluster(
         path,
         spec,
         trained.index,
+        queries,
         table_rows=sample.table_rows,
-        training_rows=len(sample.vectors),
-        coarse_error=trained.coarse_error,
+        training_rows=rows,
+        imbalance=trained.imbalance,
         objective=trained.objective,
         rejected=sample.rejected,
         start=start,
     )
 
 
-def take_cluster(filled: Any, spec: IndexSpec, path: Path, *, table_rows: int) -> ClusterManifest:
+def take_cluster(
+    filled: Any, spec: IndexSpec, path: Path, queries: Queries, *, table_rows: int
+) -> ClusterManifest:
     """Write what a filled index was trained to, as `train_cluster` would have; empties `filled`.
 
-    Nobody knows on how many rows it was trained, or how well: those facts are 0.
+    Nobody knows on how many rows it was trained: that fact is 0. Its drift counts from now.
     """
     start = time.monotonic()
+    lists = round(imbalance(filled), 4)
     filled.reset()
     filled.nprobe = 1
-    unknown: dict[str, Any] = {"training_rows": 0, "coarse_error": 0.0, "objective": (), "rejected": {}}
-    return _write_cluster(path, spec, filled, table_rows=table_rows, start=start, **unknown)
+    unknown: dict[str, Any] = {"training_rows": 0, "objective": (), "rejected": {}}
+    return _write_cluster(
+        path, spec, filled, queries, table_rows=table_rows, imbalance=lists, start=start, **unknown
+    )
 
 
-def _write_cluster(path: Path, spec: IndexSpec, index: Any, *, start: float, **facts: Any) -> ClusterManifest:
+def _write_cluster(
+    path: Path, spec: IndexSpec, index: Any, queries: Queries, *, start: float, **facts: Any
+) -> ClusterManifest:
     """facts: fields of the manifest that the index does not show; start: monotonic seconds."""
+    coarse_error = 0.0
+    if len(queries.ids):
+        distances, _ = faiss.downcast_index(index.quantizer).search(queries.vectors, 1)
+        coarse_error = float(distances.mean(dtype=np.float64))
     with (
         durable_files.explained(f"Index {spec.name}", path.parent, f"{path} was not replaced"),
         durable_files.locked(_lock_file(path, spec)),
     ):
         durable_files.sweep(path)
-        durable_files.sweep(_manifest_path(path, spec, "?" * 64))  # of whatever hash
+        for facts_of_any in (_manifest_path, _queries_path):
+            durable_files.sweep(facts_of_any(path, spec, "?" * 64))
         staged = durable_files.stage(path, partial(write_index, index))
         manifest = ClusterManifest(
             index=spec.name,
@@ -140,9 +172,11 @@ def _write_cluster(path: Path, spec: IndexSpec, index: Any, *, start: float, **f
             nlist=index.nlist,
             m=index.pq.M,
             nbits=index.pq.nbits,
+            coarse_error=coarse_error,
             seconds=round(time.monotonic() - start, 2),
             **facts,
         )
+        write_queries(_queries_path(path, spec, staged.sha256), queries)
         write_sealed(_manifest_path(path, spec, staged.sha256), asdict(manifest))
         durable_files.commit(staged)
         _forget_replaced(path, spec)
@@ -161,8 +195,8 @@ def load_cluster(path: Path, spec: IndexSpec) -> Cluster:
             f"{spec.name} has no trained cluster: {path} does not exist.", next_step=remedy
         )
     sha256 = durable_files.file_sha256(path)
-    facts = read_sealed(_manifest_path(path, spec, sha256)) or read_manifest(path.parent, spec.name, sha256)
-    if not facts:
+    facts = _read_facts(path, spec, sha256)
+    if not facts and not read_manifest(path.parent, spec.name, sha256):
         raise PermanentFailure(
             f"{spec.name}: {path} is damaged or was not written by this system: no intact facts are of its"
             f" content {sha256[:12]}.",
@@ -178,7 +212,15 @@ def load_cluster(path: Path, spec: IndexSpec) -> Cluster:
             f"the catalog says {wanted}.",
             next_step=remedy,
         )
-    return Cluster(index, trained_fingerprint(index), path)
+    queries = read_queries(_queries_path(path, spec, sha256), spec.dimension)
+    return Cluster(index, trained_fingerprint(index), path, sha256, queries, facts)
+
+
+def keep_queries(cluster: Cluster, spec: IndexSpec, queries: Queries) -> None:
+    """Put queries drawn anew where the cluster's were."""
+    with durable_files.locked(_lock_file(cluster.path, spec)):
+        durable_files.sweep(_queries_path(cluster.path, spec, "?" * 64))
+        write_queries(_queries_path(cluster.path, spec, cluster.sha256), queries)
 
 
 def restore_cluster(snapshot: Path, path: Path, spec: IndexSpec) -> bool:
@@ -198,8 +240,18 @@ def restore_cluster(snapshot: Path, path: Path, spec: IndexSpec) -> bool:
     return True
 
 
+def _read_facts(path: Path, spec: IndexSpec, sha256: str) -> ClusterManifest | None:
+    content = read_sealed(_manifest_path(path, spec, sha256))
+    known = {field.name for field in fields(ClusterManifest)}
+    return ClusterManifest(**{k: v for k, v in content.items() if k in known}) if content else None
+
+
 def _manifest_path(path: Path, spec: IndexSpec, sha256: str) -> Path:
     return path.parent / ".manifests" / spec.name / f"{sha256}.cluster.json"
+
+
+def _queries_path(path: Path, spec: IndexSpec, sha256: str) -> Path:
+    return queries_path(path.parent, spec.name, sha256)
 
 
 def _forget_replaced(path: Path, spec: IndexSpec) -> None:
@@ -215,9 +267,10 @@ def _forget_replaced(path: Path, spec: IndexSpec) -> None:
             if file.is_file() and not _DATED_NAME.search(file.name)  # snapshots may be gigabytes
         ]
         present = {durable_files.file_sha256(file) for file in files}
-        for known in facts.parent.glob(facts.name):
-            if known.name.split(".")[0] not in present:
-                known.unlink()
+        for pattern in (facts, _queries_path(path, spec, "?" * 64)):
+            for known in pattern.parent.glob(pattern.name):
+                if known.name.split(".")[0] not in present:
+                    known.unlink()
 
 
 def _lock_file(path: Path, spec: IndexSpec) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
@@ -21,17 +21,20 @@ from muse_assets.catalog import IndexSpec
 from muse_assets.embeddings.decoding import Reason
 from muse_assets.embeddings.digests import Digests, empty_digests
 from muse_assets.failures import Conflict
+from muse_assets.ivfpq.exact_neighbors import Neighbors, Queries, no_neighbors
 from muse_assets.manifest import Manifest, identify, manifest_path
-from muse_assets.snapshots.sampled_rows import kept_file
 
 # Files by any other name came from the legacy verbs' --output.
 _USUAL_NAME = re.compile(r"^muse_\w+_(\d{8}|cluster)\.index$")
+_OF_CLUSTERS = ".cluster."
 _ARRAYS = ("bucket", "rows", "idx_sum", "whole", "half", "rejected_idx", "rejected_reason")
+_QUERIES = ("query_ids", "query_vectors", "neighbor_ids", "neighbor_distances", "horizon")
 
 
 @dataclass(frozen=True)
 class RowState:
-    """The table rows a snapshot stands for: bucket digests, and the rows that could not be indexed.
+    """The table rows a snapshot stands for: bucket digests, the rows that could not be indexed, and which
+    of the others are nearest to the queries.
 
     rejected_idx (r,) int64 ascending; rejected_reason (r,) uint8 of `Reason`.
     """
@@ -39,6 +42,8 @@ class RowState:
     digests: Digests
     rejected_idx: NDArray[np.int64]
     rejected_reason: NDArray[np.uint8]
+    queries: Queries
+    neighbors: Neighbors
 
     def rejected_counts(self) -> dict[str, int]:
         """Reason -> rows."""
@@ -64,13 +69,14 @@ def sweep(work: Path, spec: IndexSpec) -> None:
     """Remove the temp files that killed builds of any day left; call it under the index's lock."""
     facts = manifest_path(work, spec.name, "?" * 64)  # a pattern for every hash, as [0-9] for every day
     dated = work / f"muse_{spec.name}_{'[0-9]' * 8}.index"
-    for pattern in (dated, facts, facts.with_suffix(".rows.npz"), kept_file(work, spec.name)):
+    for pattern in (dated, facts, facts.with_suffix(".rows.npz")):
         durable_files.sweep(pattern)
 
 
-def no_rows() -> RowState:
+def no_rows(queries: Queries) -> RowState:
     """The state before the first build."""
-    return RowState(empty_digests(), np.empty(0, np.int64), np.empty(0, np.uint8))
+    nothing = np.empty(0, np.int64)
+    return RowState(empty_digests(), nothing, nothing.astype(np.uint8), queries, no_neighbors(queries))
 
 
 def snapshot_files(work: Path, spec: IndexSpec) -> list[tuple[date, Path]]:
@@ -104,7 +110,14 @@ def write_state(work: Path, index: str, sha256: str, state: RowState) -> None:
     """Write the row facts durably."""
     buffer = io.BytesIO()
     digests = {name: getattr(state.digests, name) for name in _ARRAYS[:5]}
-    np.savez(buffer, rejected_idx=state.rejected_idx, rejected_reason=state.rejected_reason, **digests)
+    truth = (state.queries.ids, state.queries.vectors, *asdict(state.neighbors).values())
+    np.savez(
+        buffer,
+        rejected_idx=state.rejected_idx,
+        rejected_reason=state.rejected_reason,
+        **digests,
+        **dict(zip(_QUERIES, truth, strict=True)),
+    )
     path = state_path(work, index, sha256)
     path.parent.mkdir(parents=True, exist_ok=True)
     durable_files.commit(durable_files.stage(path, lambda write: write(buffer.getvalue())))
@@ -115,11 +128,18 @@ def read_state(work: Path, index: str, sha256: str) -> RowState | None:
     try:
         content = io.BytesIO(state_path(work, index, sha256).read_bytes())
         with np.load(content, allow_pickle=False) as arrays:
-            columns = {name: arrays[name] for name in _ARRAYS}
+            columns = {name: arrays[name] for name in _ARRAYS + _QUERIES}
     except Exception:  # zip and npy parsers meet damage with a dozen types; a full build answers them all
         return None
     digests = Digests(*(columns[name] for name in _ARRAYS[:5]))
-    return RowState(digests, columns["rejected_idx"], columns["rejected_reason"])
+    ids, vectors, *neighbors = (columns[name] for name in _QUERIES)
+    return RowState(
+        digests,
+        columns["rejected_idx"],
+        columns["rejected_reason"],
+        Queries(ids, vectors),
+        Neighbors(*neighbors),
+    )
 
 
 def prune(work: Path, spec: IndexSpec, *, today: date, keep_days: int = 7, keep_files: int = 2) -> list[Path]:
@@ -145,7 +165,7 @@ def _prune(work: Path, spec: IndexSpec, oldest: date, keep_files: int) -> list[P
     kept = (*(path for _, path in snapshot_files(work, spec)), *other_names)
     needed = {durable_files.file_sha256(path) for path in kept}
     for facts in (work / ".manifests" / spec.name).glob("[!.]*"):
-        if facts.name.split(".")[0] not in needed and not facts.name.endswith(".cluster.json"):
+        if facts.name.split(".")[0] not in needed and _OF_CLUSTERS not in facts.name:
             facts.unlink()
             removed.append(facts)
     return removed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -45,8 +45,9 @@ from muse_assets.embeddings.reading import (
 from muse_assets.failures import PassingFailure, PermanentFailure
 from muse_assets.ivfpq.contents import list_ids, read_contents, remove_ids, sort_lists
 from muse_assets.ivfpq.encoding import fill
+from muse_assets.ivfpq.exact_neighbors import NearestRows
 from muse_assets.snapshots.progress import Progress, silent
-from muse_assets.snapshots.store import RowState, no_rows
+from muse_assets.snapshots.store import RowState
 
 _PAGE_ROWS = 4096
 _RANGES_A_PAGE = 100
@@ -115,20 +116,19 @@ def synchronize(
     engine: Engine,
     spec: IndexSpec,
     index: Any,
-    parent: RowState | None,
+    before: RowState,
     table: TableState,
     on_progress: Progress = silent,
-    on_vectors: Callable[[NDArray[np.int64], NDArray[np.float32]], None] = lambda ids, vectors: None,
 ) -> Synced:
-    """Change `index`, which holds the rows of `parent`, to hold exactly the rows of `table`.
+    """Change `index`, which holds the rows of `before`, to hold exactly the rows of `table`.
 
-    on_vectors is called, in the reading thread, with ids (n,) and vectors (n, d) as they are pulled.
+    The queries' exact neighbors follow: rows of the buckets that are pulled leave their lists, and the
+    pulled ones are compared with every query, in the reading thread.
 
     A bucket whose pulled bytes do not digest to what the database said moved meanwhile, or arrived
     short: it is digested again as of the moment of the pull, and pulled again where that differs too.
     Raises PassingFailure when they never agree, or when the table is emptied while it is read.
     """
-    before = parent or no_rows()
     held = list_ids(index)
     held_buckets = (held - spec.id_offset) // BUCKET_ROWS
     # Ids that no digest vouches for: an adopted file may hold rows that are gone, or filled otherwise.
@@ -139,7 +139,9 @@ def synchronize(
     old = read_contents(index, only=touched)
     remove_ids(index, touched)
 
-    pulled = _Pulled(engine, spec, table, on_vectors)
+    listed = (before.neighbors.ids - spec.id_offset) // BUCKET_ROWS
+    nearest = NearestRows(before.queries, before.neighbors.without(np.isin(listed, changed)))
+    pulled = _Pulled(engine, spec, table, nearest)
     total = int(table.digests.select(changed).rows.sum())
     done = 0
 
@@ -159,7 +161,9 @@ def synchronize(
     rejected_idx = np.concatenate([before.rejected_idx[stays], *pulled.rejected_idx])
     rejected_reason = np.concatenate([before.rejected_reason[stays], *pulled.rejected_reason])
     order = np.argsort(rejected_idx, kind="stable")
-    state = RowState(pulled.digests, rejected_idx[order], rejected_reason[order])
+    state = RowState(
+        pulled.digests, rejected_idx[order], rejected_reason[order], before.queries, nearest.hand_over()
+    )
     again = np.intersect1d(old.ids, valid)
     return Synced(
         state=state,
@@ -238,9 +242,9 @@ class _Pulled:
         engine: Engine,
         spec: IndexSpec,
         table: TableState,
-        on_vectors: Callable[[NDArray[np.int64], NDArray[np.float32]], None],
+        nearest: NearestRows,
     ) -> None:
-        self.engine, self.spec, self.on_vectors = engine, spec, on_vectors
+        self.engine, self.spec, self.nearest = engine, spec, nearest
         self.newest_idx = table.newest_idx
         self.digests = table.digests
         self.valid: list[NDArray[np.int64]] = []
@@ -258,7 +262,7 @@ class _Pulled:
             self.rejected_idx.append(page.idx[~good])
             self.rejected_reason.append(decoded.reasons[~good])
             vectors = decoded.vectors if good.all() else decoded.vectors[good]
-            self.on_vectors(ids, vectors)
+            self.nearest.take(ids, vectors)
             yield ids, vectors
 
     def _pull(self, buckets: NDArray[np.int64]) -> Page:
