@@ -20,6 +20,7 @@ import muse_assets
 from muse_assets.catalog import CATALOG
 from muse_assets.definitions import build_defs
 from muse_assets.settings import Settings
+from muse_assets.snapshots.gate import DESCRIPTIONS
 from muse_assets_tests.installations import DAY_ONE, Installation, hurry_retries, install
 
 PACKAGE = Path(muse_assets.__file__).parent
@@ -88,7 +89,7 @@ def test_a_lane_says_what_it_is(defs: dg.Definitions, spec: Any) -> None:
     assert isinstance(index.partitions_def, dg.DailyPartitionsDefinition)
     assert (index.partitions_def.timezone, index.partitions_def.end_offset) == ("Asia/Seoul", 1)
     assert {node.partitions_def for node in (table, cluster, deployed)} == {None}
-    assert len(index.check_keys) == 6
+    assert {key.name for key in index.check_keys} == set(DESCRIPTIONS)
     assert spec.table in str(table.description)
     assert spec.cluster_file in str(cluster.description)
     assert f"muse_{spec.name}_<YYYYMMDD>.index" in str(index.description)
@@ -125,7 +126,8 @@ def test_automation_runs_only_where_it_is_told_to(
         monkeypatch.setenv("MUSE_AUTOMATION", automation)
     defs = build_defs(Settings(home=tmp_path))
     assert defs.resolve_schedule_def("daily_1658").default_status.value == status
-    assert defs.resolve_sensor_def("deploy_new_builds").default_status.value == status
+    for sensor in ("deploy_new_builds", "retrain_drifted"):
+        assert defs.resolve_sensor_def(sensor).default_status.value == status
 
 
 # --- layers ------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ RANKS = {
     "manifest": 3,
     "embeddings": 3,
     "ivfpq": 3,
-    "playlists": 3,
+    "playlists": 5,
     "publishing": 4,
     "server_search": 4,
     "partitions": 4,
@@ -155,10 +157,20 @@ RANKS = {
     "alerts": 8,
     "definitions": 9,
     "cli": 10,
+    "code_server": 10,
 }
 # Third party -> the only parts that may know it.
 KNOWN_TO = {
-    "dagster": {"partitions", "resources", "assets", "automation", "alerts", "definitions", "cli"},
+    "dagster": {
+        "partitions",
+        "resources",
+        "assets",
+        "automation",
+        "alerts",
+        "definitions",
+        "cli",
+        "code_server",
+    },
     "faiss": {"ivfpq", "server_search", "cli"},
     "sqlalchemy": {
         "connections",

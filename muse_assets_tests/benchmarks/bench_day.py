@@ -1,8 +1,9 @@
 """The scheduled day of all seven indexes through Dagster, against the same work as plain function calls.
 
 Here: from the launch of the schedule's seven runs to the last program's keys, with the code location, daemon
-and webserver of an installation. 20,000 rows a table and 64 floats a vector, so that the work is small beside
-what Dagster adds. Not here: what a build costs by itself (`bench_daily.py`).
+and webserver of an installation and its instance on MariaDB, as `deploy/dagster.yaml` has it. 20,000 rows a
+table and 64 floats a vector, so that the work is small beside what Dagster adds. Not here: what a
+build costs by itself (`bench_daily.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from typing import Any
 import dagster as dg
 from dagster import DagsterRunStatus
 from sqlalchemy import insert
+from sqlalchemy.engine import make_url
 
 from muse_assets.automation import DAILY, DEPLOY, PLAYLISTS
 from muse_assets.catalog import CATALOG, Catalog, load_catalog
 from muse_assets.connections.databases import engine_for
 from muse_assets.connections.redis_server import connect
 from muse_assets.playlists.refreshing import refresh_program
+from muse_assets.playlists.searching import measure_searches
 from muse_assets.publishing.deploying import deploy
 from muse_assets.sample.tables import program_tables
 from muse_assets.seoul_time import seoul_today
@@ -35,7 +39,7 @@ from muse_assets_tests.benchmarks.measuring import Cost, Facts, Row, begin, meas
 from muse_assets_tests.benchmarks.tables import private_database, write_embeddings
 from muse_assets_tests.benchmarks.vectors import clustered
 from muse_assets_tests.installations import environment_of
-from muse_assets_tests.servers import private_redis
+from muse_assets_tests.servers import execute, private_redis
 from muse_assets_tests.ui.dagster_host import LOCATION, DagsterHost, dagster_host
 
 _ROWS = 20_000
@@ -44,6 +48,8 @@ _SONGS = 2_000
 _DIMENSION = 64
 _SECONDS_MORE = 25.0
 _PATIENCE_SECONDS = 600
+_TO_LAST_KEY = "seconds to the last key"
+_INSTANCE_SCHEMA = "dagster"
 _SHAPE = {"dimension": _DIMENSION, "m": 8, "nlist": 32, "recall_gate": 0.0, "max_imbalance": 1000.0}
 _LAUNCH = """
 mutation($params: ExecutionParams!) {
@@ -69,6 +75,9 @@ def rows(scale: float) -> Iterator[Row]:
             plain = measure(_plain_calls, url, redis_url, catalog_file, root / "plain")
             ours = measure(_through_dagster, url, redis_url, catalog_file, root / "dagster")
         _assert_same(catalog, root / "plain", root / "dagster")
+    # The cost of the processes is known when they have ended; ending them is no part of the day.
+    ours = replace(ours, wall=float(ours.facts[_TO_LAST_KEY]))
+    said = {name: value for name, value in ours.facts.items() if name != _TO_LAST_KEY}
     yield Row(
         f"a day of {len(catalog.indexes)} x {int(_ROWS * scale):,} rows, through Dagster",
         f"plain calls + {_SECONDS_MORE:g} s",
@@ -77,7 +86,7 @@ def rows(scale: float) -> Iterator[Row]:
         reach=1,
         faster=False,
         note=f"plain calls {plain.wall:.1f} s, {ours.wall - plain.wall:.1f} s more; "
-        + ", ".join(f"{name} {value}" for name, value in ours.facts.items()),
+        + ", ".join(f"{name} {value}" for name, value in said.items()),
     )
 
 
@@ -119,7 +128,8 @@ def _plain_calls(url: str, redis_url: str, catalog_file: Path, home: Path) -> Fa
     begin()
     _build_and_deploy(url, catalog, home, seoul_today())
     for program in catalog.programs:
-        refresh_program(engine, engine, client, catalog, program, "song_tables")
+        refresh_program(engine, engine, client, catalog, program, "song_tables", server=home / "server")
+        measure_searches(engine, client, catalog, program, home / "server")
     client.flushdb()
     return {}
 
@@ -134,6 +144,7 @@ def _through_dagster(url: str, redis_url: str, catalog_file: Path, home: Path) -
         "MUSE_LOG_DIR": str(home / "logs"),
     }
     updates = [program.update_key for program in catalog.programs]
+    _put_instance_on_mariadb(Path(environment["DAGSTER_HOME"]), url)
     with dagster_host(home, environment) as host:
         begin()
         started = time.time()
@@ -142,7 +153,17 @@ def _through_dagster(url: str, redis_url: str, catalog_file: Path, home: Path) -
             if time.time() - started > _PATIENCE_SECONDS:
                 raise RuntimeError("the day did not end")
             time.sleep(0.05)
-        return _times(environment["DAGSTER_HOME"], started)
+        seconds = time.time() - started
+        return {_TO_LAST_KEY: seconds, **_times(environment["DAGSTER_HOME"], started)}
+
+
+def _put_instance_on_mariadb(dagster_home: Path, url: str) -> None:
+    execute(url, f"CREATE DATABASE {_INSTANCE_SCHEMA}")
+    instance_url = make_url(url).set(drivername="mysql+mysqlconnector", database=_INSTANCE_SCHEMA, query={})
+    with (dagster_home / "dagster.yaml").open("a", encoding="utf-8") as file:
+        file.write(
+            f"storage:\n  mysql:\n    mysql_url: {instance_url.render_as_string(hide_password=False)}\n"
+        )
 
 
 def _launch_the_days_runs(host: DagsterHost, catalog: Catalog) -> None:

@@ -56,7 +56,7 @@ def dagster_host(folder: Path, environment: Mapping[str, str]) -> Iterator[Dagst
     )
     # One code location for both: of its own each of them loads the code again every minute.
     commands = (
-        ["dagster", "api", "grpc", "--socket", socket, "-m", "muse_assets.definitions"],
+        ["python", "-m", "muse_assets.code_server", "--socket", socket, "-m", "muse_assets.definitions"],
         ["dagster-daemon", "run", "-w", workspace],
         ["dagster-webserver", "-h", "127.0.0.1", "-p", port, "-w", workspace],
     )
