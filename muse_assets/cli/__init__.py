@@ -18,6 +18,7 @@ from muse_assets.cli.inspecting import info, info_faiss, search, verify
 from muse_assets.cli.legacy import add_daily_faiss, add_faiss, cache_playlist, train_faiss
 from muse_assets.cli.repairing import repair
 from muse_assets.cli.running import deploy, release, rollback, run, sample, ui
+from muse_assets.cli.tuning import tune
 from muse_assets.failures import MuseError
 
 _INTERRUPTED = 130
@@ -64,6 +65,7 @@ for command in (
     verify,
     repair,
     adopt,
+    tune,
     train_faiss,
     add_faiss,
     add_daily_faiss,

@@ -105,6 +105,7 @@ def cache_playlist() -> None:
                     catalog,
                     program,
                     settings.playlist_layout,
+                    server=settings.server_directory(),
                 )
             except MuseError as error:
                 failed = True

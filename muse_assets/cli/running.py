@@ -100,6 +100,7 @@ def sample(songs: int, days: int, url: str | None, seed: int) -> None:
 @click.option("--partition", default="", help="Day (YYYY-MM-DD) of the snapshot; default: the newest.")
 @click.option("--confirm-size", is_flag=True, help="Accept a file over 1.5 times the live one's size.")
 @click.option("--confirm-shrink", is_flag=True, help="Accept that a large share of the live rows vanished.")
+@click.option("--confirm-recall", is_flag=True, help="Accept that it finds less than the live one.")
 @click.option("--replace-damaged", is_flag=True, help="Replace a live file that is not what was published.")
 @click.option("--release", is_flag=True, help="Release a pinned index first.")
 def deploy(index: str, **options: Any) -> None:

@@ -92,6 +92,12 @@ def measure_probes(
     return ProbeCurve(tuple(found), len(queries.ids))
 
 
+def recall_at(index: Any, queries: Queries, neighbors: Neighbors) -> float:
+    """recall@10 at the index's own nprobe."""
+    measured = measure_probes(index, queries, neighbors, fixed=index.nprobe)
+    return next(probe.recall[K] for probe in measured.probes if probe.nprobe >= index.nprobe)
+
+
 def choose_nprobe(curve: ProbeCurve, recall_gate: float, probe_share: float, fixed: int | None = None) -> int:
     """`fixed` if it was measured; else the smallest measured nprobe whose recall@10 meets both limits.
 

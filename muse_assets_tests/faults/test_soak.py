@@ -126,7 +126,7 @@ class Catalog2026:
             assert len(facts) == 1, f"{spec.name}: replaced clusters left {len(facts) - 1} files of facts"
             assert set(ids) == installed.table_ids(spec.name), f"{spec.name} drifted from {spec.table}"
         values = installed.redis_values()
-        assert len(values) == len(CATALOG.programs) * (len(self.specs) + 1)
+        assert len(values) == len(CATALOG.programs) * (len(self.specs) + 2)
         for program in CATALOG.programs:
             refreshed = float(values[program.update_key] or b"0")
             assert datetime.fromtimestamp(refreshed, SEOUL).date() == seoul_today()
