@@ -555,8 +555,7 @@ NUMBERED = replace(SPEC, dimension=2, m=1, encoding="float32")
 
 
 def sample(engine: Engine, wanted: int, seed: int = 1) -> Sample:
-    with connected(engine, "testing") as connection:
-        return sample_vectors(connection, NUMBERED, lambda rows: wanted, seed=seed)
+    return sample_vectors(engine, NUMBERED, lambda rows: wanted, doing="testing", seed=seed)
 
 
 @pytest.mark.parametrize("keys_a_row", [1, 10])
@@ -567,8 +566,9 @@ def test_a_sample_is_uniform_over_the_whole_table(sqlite: Engine, keys_a_row: in
     keys: list[Any] = []
 
     def count(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        assert " IN " in statement or "COUNT(*)" in statement, "only counts and looks keys up"
-        keys.extend(parameters)
+        _head, looks_up, named = statement.partition(" IN (")
+        assert looks_up or "COUNT(*)" in statement or "PRAGMA" in statement, "only counts and looks keys up"
+        keys.extend(map(int, named.partition(")")[0].split(",") if looks_up else ()))
 
     event.listen(sqlite, "before_cursor_execute", count)
     drawn = sample(sqlite, 1000)

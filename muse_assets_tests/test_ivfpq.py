@@ -28,7 +28,7 @@ from muse_assets.ivfpq.contents import (
 )
 from muse_assets.ivfpq.encoding import BLOCK_ROWS, encode_all, encoder, fill, fused_dimensions, split_codes
 from muse_assets.ivfpq.files import describe, discard_lists, ntotal_field, read_index, write_index
-from muse_assets.ivfpq.kmeans import Patience, refine
+from muse_assets.ivfpq.kmeans import refine, start
 from muse_assets.ivfpq.quality import imbalance, reencoded_wrongly
 from muse_assets.ivfpq.training import choose_nlist, train, training_rows
 from muse_assets_tests.embedding_rows import unit_vectors
@@ -420,6 +420,14 @@ def test_training_depends_on_the_sample_and_seed_alone() -> None:
     assert len(prints) == 1
 
 
+def test_few_lists_of_many_rows_learn_from_all_of_them() -> None:
+    vectors = unit_vectors(6000)
+    trained = train(vectors, nlist=4, m=8)
+    assert trained.rows == 6000
+    distances = trained.index.quantizer.search(vectors, 1)[0]
+    assert trained.objective[-1] == pytest.approx(distances.mean(), rel=0.01)
+
+
 def test_training_ends_level_with_faiss() -> None:
     """Squared errors of unseen rows: the coarse one, and that of the whole code."""
     vectors = unit_vectors(30_000, dimension=64)
@@ -441,7 +449,9 @@ def test_k_means_goes_on_where_most_rows_are_equal() -> None:
     random = np.random.default_rng(1)
     rows = unit_vectors(400, dimension=16)
     rows = np.concatenate([np.repeat(rows[:1], 3600, axis=0), rows])[random.permutation(4000)]
-    found = refine(rows, rows[:64], Patience(steps=20, rounds=3, tolerance=0), probe_rows=1000)
+    found = start(rows[:64])
+    for part in (1000, 2000, 4000):
+        found = refine(rows[:part], found, steps=20, tolerance=0)
     assert found.centroids.shape == (64, 16)
     assert np.isfinite(found.centroids).all()
     distances = faiss.knn(rows, found.centroids, 1)[0][:, 0]
@@ -452,8 +462,7 @@ def test_k_means_goes_on_where_most_rows_are_equal() -> None:
 def test_k_means_ends_when_it_stops_paying() -> None:
     rows = unit_vectors(4000, dimension=16)
     patient, hasty = (
-        refine(rows, rows[:32], Patience(steps=30, rounds=1, tolerance=tolerance), probe_rows=500)
-        for tolerance in (0, 0.05)
+        refine(rows, start(rows[:32]), steps=30, tolerance=tolerance) for tolerance in (0, 0.05)
     )
     assert len(hasty.errors) < len(patient.errors)
     assert list(patient.errors[:-1]) == sorted(patient.errors[:-1], reverse=True)
@@ -466,7 +475,7 @@ def test_the_number_of_lists_follows_the_table() -> None:
     assert choose_nlist(0) == choose_nlist(1) == choose_nlist(50) == 1
     assert choose_nlist(500_000, fixed=64) == 64
     assert all(choose_nlist(rows) * 39 <= max(rows, 39) for rows in range(0, 10_000, 7))
-    assert training_rows(1000) == 128_000
+    assert training_rows(1000) == 192_000
     assert training_rows(1) == 65_536
 
 

@@ -427,7 +427,7 @@ def test_a_vector_under_another_rows_id_fails_the_gate(
 
     monkeypatch.setattr("muse_assets.snapshots.sync.fill", shifting)
     lenient = replace(sqlite_lane, spec=replace(sqlite_lane.spec, recall_gate=0))
-    with pytest.raises(GateFailed, match=r"reencoding: 1,000 of 1,000 sampled rows encode") as failed:
+    with pytest.raises(GateFailed, match=r"reencoding: ([\d,]+) of \1 sampled rows encode") as failed:
         build(lenient)
     passed = {check.name for check in failed.value.checks if check.passed}
     assert "id_parity" in passed, "the ids alone do not show it"
@@ -621,7 +621,7 @@ def test_rows_that_change_during_the_build_are_the_next_days(lane: Lane) -> None
         stop.set()
         writer.join()
     assert writes > 20
-    assert all(check.passed for one in built for check in one.checks)
+    assert [check for one in built for check in one.checks if check.blocking and not check.passed] == []
     # Whatever bucket stands as the snapshot digested it is indexed as it stands.
     last = built[-1]
     state = read_state(lane.work, "vibe", last.manifest.sha256)
@@ -714,6 +714,26 @@ def test_retention_keeps_the_newest_and_the_last_days(sqlite_lane: Lane) -> None
     assert prune(lane.work, lane.spec, today=date(2030, 1, 1)) == [], "two are kept, however old"
     assert [snapshot.day.day for snapshot in snapshots(lane.work, lane.spec)] == [12, 11]
     assert build(lane, 13).manifest.mode == "unchanged"
+
+
+def test_a_days_prune_reads_what_goes_and_nothing_else(
+    sqlite_lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = sqlite_lane
+    for day in (1, 2, 3):
+        put_rows(lane.engine, lane.spec, payloads_of(unit_vectors(1, seed=day), 10_000 * day), NOON)
+        build(lane, day)
+    gone = durable_files.file_sha256(lane.file(1))
+    read: list[Path] = []
+
+    def noted(path: Path) -> str:
+        read.append(path)
+        return durable_files.stamped_sha256(path)[0]
+
+    monkeypatch.setattr(durable_files, "file_sha256", noted)
+    removed = prune(lane.work, lane.spec, today=date(2026, 11, 9), keep_files=2)
+    assert read == [lane.file(1)]
+    assert {path.name for path in removed} == {lane.file(1).name, f"{gone}.json", f"{gone}.rows.npz"}
 
 
 def test_a_cluster_by_another_name_keeps_its_facts(sqlite_lane: Lane) -> None:

@@ -205,13 +205,12 @@ def read_ranges(connection: Connection, spec: IndexSpec, ranges: Sequence[Bounds
 def rows_by_idx(connection: Connection, spec: IndexSpec, idx: NDArray[np.int64]) -> Iterator[Page]:
     """The rows with these idx, a thousand at a time by primary key; missing ones are left out."""
     table, column = quoted(connection, spec.table), quoted(connection, spec.embedding_column)
-    query = text(f"SELECT idx, {column} FROM {table} WHERE idx IN :wanted ORDER BY idx").bindparams(
-        bindparam("wanted", expanding=True)
-    )
-    wanted = np.sort(idx)
+    wanted = np.sort(idx).astype(np.int64)
     for at in range(0, len(wanted), _ROWS_A_QUERY):
-        part = [int(value) for value in wanted[at : at + _ROWS_A_QUERY]]
-        yield _page(connection.execute(query, {"wanted": part}).all())
+        # Written out, being integers: as bound parameters each cost 2 of a row's 8 us.
+        keys = ",".join(map(str, wanted[at : at + _ROWS_A_QUERY].tolist()))
+        query = f"SELECT idx, {column} FROM {table} WHERE idx IN ({keys}) ORDER BY idx"
+        yield _page(connection.exec_driver_sql(query).all())
 
 
 def song_keys(connection: Connection, spec: IndexSpec, idx: NDArray[np.int64]) -> dict[int, tuple[str, ...]]:

@@ -24,18 +24,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_assets.failures import PermanentFailure
-from muse_assets.ivfpq.kmeans import Clustered, Patience, refine
+from muse_assets.ivfpq.kmeans import Clustered, refine, start
 
-# More points cost little recall below 128 and mostly balance: 5 % more codes scanned at 64.
-POINTS_PER_CENTROID = 128
 # FAISS warns below 39 points a centroid; a list should hold at least that many rows anyway.
 MIN_POINTS_PER_CENTROID = 39
 # Below about 16k lists a flat coarse quantizer is faster than an HNSW one, and exact.
 HNSW_FROM_NLIST = 16_384
-_MAX_TRAINING_ROWS = 131_072
+_MAX_TRAINING_ROWS = 196_608
 _PQ_TRAINING_ROWS = 65_536
-_PROBE_ROWS = 4096
-_NONE = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class CoarseStage:
+    """points: rows a centroid; steps: at most; tolerance: relative fall of the error to go on."""
+
+    points: int
+    steps: int
+    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,17 @@ class CodebookStage:
     tolerance: float
 
 
-# 1,000 lists of 512-d, CPU-seconds on one core of a busy machine: both coarse stages took 4.3 to 5.0 and the
-# codebooks 3.4 to 3.7, where FAISS's k-means on 32 and then 128 points took 10.2 to 11.5 for the coarse part
-# alone. A first stage of 32 points (0.6 less) left lists 5 % less even on text; one of 8, 10 % less even than
-# that on a set without clusters. Candidates found in 64 principal components (0.8 less) lost 4 to 9 points
-# of coarse recall on clusters of unequal size.
-# Rows a centroid of the first stage; the second has the whole sample.
-FIRST_POINTS = 64
-FIRST_PATIENCE = Patience(steps=4, rounds=1, tolerance=5e-3)
-PATIENCE = Patience(steps=6, rounds=2, tolerance=3e-3)
+# 1,000 lists of 512-d, 500k rows of three sets (clusters of unequal size, none, text), recall@10 at equal
+# codes against FAISS's on 256 points a centroid, worst of nprobe 4 to 64: these stages lost 0.19, 0.27 and
+# 0.28 point; 64 and then 128 points, all centroids asked anew in each stage, took as long and lost 0.47, 0.90
+# and 0.55; these with 8 candidates, 9 % faster, 0.13, 0.50 and 0.66; 256 points, 25 % slower, no less.
+# Candidates found in 64 principal components lost 4 to 9 points of coarse recall.
+COARSE_STAGES = (
+    CoarseStage(32, 4, 5e-3),
+    CoarseStage(64, 2, 5e-3),
+    CoarseStage(128, 2, 5e-3),
+    CoarseStage(192, 4, 3e-3),
+)
 # 16,384 x 10, then 65,536 x 2: 2.0 CPU-s, and 0.3 to 0.5 % more error than 65,536 x 10, which took 4.5.
 CODEBOOK_STAGES = (CodebookStage(16_384, 8, 2e-3), CodebookStage(_PQ_TRAINING_ROWS, 5, 1e-3))
 
@@ -83,7 +90,7 @@ def choose_nlist(rows: int, fixed: int | None = None) -> int:
 
 def training_rows(nlist: int) -> int:
     """Rows to sample for training that many lists."""
-    return max(_PQ_TRAINING_ROWS, min(POINTS_PER_CENTROID * nlist, max(_MAX_TRAINING_ROWS, 64 * nlist)))
+    return max(_PQ_TRAINING_ROWS, min(COARSE_STAGES[-1].points * nlist, max(_MAX_TRAINING_ROWS, 64 * nlist)))
 
 
 def train(
@@ -134,17 +141,22 @@ def _coarse_centroids(
     sample: NDArray[np.float32], nlist: int, seed: int, on_stage: Callable[[str], None]
 ) -> tuple[Clustered, tuple[float, ...]]:
     """k-means from `nlist` random rows of the sample, and the error after each step."""
-    first_rows = min(FIRST_POINTS * nlist, len(sample))
-    found = Clustered(sample[np.random.default_rng(seed).permutation(first_rows)[:nlist]], _NONE, ())
+    first_rows = min(COARSE_STAGES[0].points * nlist, len(sample))
+    found = start(sample[np.random.default_rng(seed).permutation(first_rows)[:nlist]])
     objective: list[float] = []
-    for rows in sorted({first_rows, len(sample)}):
-        patience = PATIENCE if rows == len(sample) else FIRST_PATIENCE
-        found = refine(sample[:rows], found.centroids, patience, probe_rows=_PROBE_ROWS)
+    for stage in COARSE_STAGES:
+        # The last stage has the whole sample; of a small one that is an earlier stage.
+        last = stage is COARSE_STAGES[-1] or stage.points * nlist >= len(sample)
+        rows = len(sample) if last else stage.points * nlist
+        limits = COARSE_STAGES[-1] if last else stage
+        found = refine(sample[:rows], found, steps=limits.steps, tolerance=limits.tolerance)
         objective.extend(found.errors)
         on_stage(
             f"coarse k-means: {nlist} lists on {rows:,} rows, {len(found.errors)} steps, "
             f"error {objective[-1]:.4f}"
         )
+        if last:
+            break
     return found, tuple(objective)
 
 

@@ -14,16 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 from sqlalchemy import Engine
 
 from muse_assets import durable_files
 from muse_assets.catalog import IndexSpec
-from muse_assets.connections.databases import connected
-from muse_assets.embeddings.reading import table_columns
 from muse_assets.embeddings.sampling import sample_vectors
 from muse_assets.failures import PermanentFailure
+from muse_assets.ivfpq.coarse_error import coarse_errors
 from muse_assets.ivfpq.contents import trained_fingerprint
 from muse_assets.ivfpq.exact_neighbors import Queries
 from muse_assets.ivfpq.files import read_index, write_index
@@ -42,8 +40,9 @@ _DATED_NAME = re.compile(r"_\d{8}\.index$")
 class ClusterManifest:
     """Facts of one trained cluster file.
 
-    coarse_error: mean squared distance of the held-out queries to their nearest centroids; imbalance: of the
-    lists that the training rows would fill. What an index departs from (`drift`).
+    newest_idx: of the sample, so of the table but for a few rows. coarse_error: mean squared distance of the
+    held-out queries to their nearest centroids; imbalance: of the lists that the training rows would fill.
+    What an index departs from (`drift`).
     """
 
     index: str
@@ -61,6 +60,7 @@ class ClusterManifest:
     rejected: dict[str, int]
     seconds: float
     imbalance: float = 0.0
+    newest_idx: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,14 @@ def train_cluster(
     empty table, or vectors that are not what the catalog says.
     """
     start = time.monotonic()
-    with connected(engine, f"sampling {spec.table} to train {spec.name}") as connection:
-        table_columns(connection, spec)
-        sample = sample_vectors(
-            connection,
-            spec,
-            lambda rows: training_rows(choose_nlist(rows, spec.nlist)) + QUERIES,
-            seed=seed,
-            on_rows=lambda done, wanted: on_progress("sampling", done, wanted),
-        )
+    sample = sample_vectors(
+        engine,
+        spec,
+        lambda rows: training_rows(choose_nlist(rows, spec.nlist)) + QUERIES,
+        doing=f"sampling {spec.table} to train {spec.name}",
+        seed=seed,
+        on_rows=lambda done, wanted: on_progress("sampling", done, wanted),
+    )
     drawn = len(sample.vectors) + sum(sample.rejected.values())
     if not len(sample.vectors) or sum(sample.rejected.values()) > spec.max_rejected_share * drawn:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sample.rejected.items()) or "no rows"
@@ -122,6 +121,7 @@ def train_cluster(
         trained.index,
         queries,
         table_rows=sample.table_rows,
+        newest_idx=int(sample.idx.max()),
         training_rows=rows,
         imbalance=trained.imbalance,
         objective=trained.objective,
@@ -131,7 +131,7 @@ def train_cluster(
 
 
 def take_cluster(
-    filled: Any, spec: IndexSpec, path: Path, queries: Queries, *, table_rows: int
+    filled: Any, spec: IndexSpec, path: Path, queries: Queries, *, table_rows: int, newest_idx: int
 ) -> ClusterManifest:
     """Write what a filled index was trained to, as `train_cluster` would have; empties `filled`.
 
@@ -143,7 +143,15 @@ def take_cluster(
     filled.nprobe = 1
     unknown: dict[str, Any] = {"training_rows": 0, "objective": (), "rejected": {}}
     return _write_cluster(
-        path, spec, filled, queries, table_rows=table_rows, imbalance=lists, start=start, **unknown
+        path,
+        spec,
+        filled,
+        queries,
+        table_rows=table_rows,
+        newest_idx=newest_idx,
+        imbalance=lists,
+        start=start,
+        **unknown,
     )
 
 
@@ -151,10 +159,8 @@ def _write_cluster(
     path: Path, spec: IndexSpec, index: Any, queries: Queries, *, start: float, **facts: Any
 ) -> ClusterManifest:
     """facts: fields of the manifest that the index does not show; start: monotonic seconds."""
-    coarse_error = 0.0
-    if len(queries.ids):
-        distances, _ = faiss.downcast_index(index.quantizer).search(queries.vectors, 1)
-        coarse_error = float(distances.mean(dtype=np.float64))
+    errors = coarse_errors(index, queries.vectors)
+    coarse_error = float(errors.mean(dtype=np.float64)) if len(errors) else 0.0
     with (
         durable_files.explained(f"Index {spec.name}", path.parent, f"{path} was not replaced"),
         durable_files.locked(_lock_file(path, spec)),

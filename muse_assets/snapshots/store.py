@@ -156,16 +156,35 @@ def prune(work: Path, spec: IndexSpec, *, today: date, keep_days: int = 7, keep_
 
 
 def _prune(work: Path, spec: IndexSpec, oldest: date, keep_files: int) -> list[Path]:
-    removed = []
-    for position, (day, path) in enumerate(snapshot_files(work, spec)):
-        if position >= keep_files and day < oldest:
-            path.unlink()
-            removed.append(path)
+    dated = snapshot_files(work, spec)
+    old = [path for place, (day, path) in enumerate(dated) if place >= keep_files and day < oldest]
     other_names = (path for path in work.glob("*.index") if not _USUAL_NAME.match(path.name))
-    kept = (*(path for _, path in snapshot_files(work, spec)), *other_names)
-    needed = {durable_files.file_sha256(path) for path in kept}
-    for facts in (work / ".manifests" / spec.name).glob("[!.]*"):
-        if facts.name.split(".")[0] not in needed and _OF_CLUSTERS not in facts.name:
-            facts.unlink()
-            removed.append(facts)
-    return removed
+    kept = [*(path for _, path in dated if path not in old), *other_names]
+    inodes = {_inode(path) for path in kept}
+    # A day's prune reads the file that goes, not those that stay: of an index of 7 GB that is 7 GB, not 56.
+    unneeded = {_sha256_of_none_of(kept, path) for path in old if _inode(path) not in inodes}
+    for path in old:
+        path.unlink()
+    facts = [
+        path for path in (work / ".manifests" / spec.name).glob("[!.]*") if _OF_CLUSTERS not in path.name
+    ]
+    contents = {path.name.split(".")[0] for path in facts}
+    if len(contents - unneeded) > len(inodes):
+        # Facts of killed builds or of damaged files: what all the others hold tells which.
+        unneeded = contents - {durable_files.file_sha256(path) for path in kept}
+    gone = [path for path in facts if path.name.split(".")[0] in unneeded]
+    for path in gone:
+        path.unlink()
+    return old + gone
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def _sha256_of_none_of(kept: list[Path], path: Path) -> str:
+    """The content hash of `path`; empty where one of `kept` has the same content."""
+    sha256, size = durable_files.file_sha256(path), path.stat().st_size
+    same = (one for one in kept if one.stat().st_size == size and durable_files.file_sha256(one) == sha256)
+    return "" if next(same, None) else sha256

@@ -59,8 +59,13 @@ def _read_all(url: str) -> Facts:
 
 
 def _draw(url: str) -> Facts:
-    with connected(engine_for(url), "sampling") as connection:
-        drawn = sample_vectors(connection, SPEC, lambda found: training_rows(choose_nlist(found)), seed=1)
+    drawn = sample_vectors(
+        engine_for(url),
+        SPEC,
+        lambda found: training_rows(choose_nlist(found)),
+        doing="sampling",
+        seed=1,
+    )
     place, half = drawn.vectors[:, 0], len(drawn.vectors) // 2
     shares, first = (np.histogram(part, _TENTHS, (0, 1))[0] / len(part) for part in (place, place[:half]))
     return {

@@ -30,6 +30,9 @@ _CASES: tuple[tuple[int, float, Callable[..., NDArray[np.float32]]], ...] = (
 )
 _QUERIES, _BASE_ROWS = 4_000, 200_000
 _PROBES = (4, 8, 16, 32, 64)
+# Recall at equal codes is read between these.
+_DENSE_PROBES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 80, 96)
+_MAY_LOSE = 0.3
 _K = 10
 
 
@@ -45,16 +48,19 @@ def rows(scale: float) -> Iterator[Row]:
                 for work in (_train_by_factory, _train)
             )
             theirs_found, ours_found = (
-                measure(_curve, vectors, vectors / f"{work.__name__}.index").facts
-                for work in (_train_by_factory, _train)
+                measure(_curve, vectors, vectors / f"{work.__name__}.index", probes).facts
+                for work, probes in ((_train_by_factory, _PROBES), (_train, _DENSE_PROBES))
             )
+            gains = _gains(ours_found, theirs_found)
         yield Row(
             f"train {source.__name__} {count:,} x {dimension}, nlist {nlist}, PQ{_M}",
             f"IVF{nlist},PQ{_M} on {_FACTORY_POINTS} a centroid",
             ours,
             by_faiss,
             reach,
-            note=_quality(ours_found, theirs_found),
+            note=_quality(ours_found, theirs_found, gains),
+            lost=-float(gains.min()),
+            may_lose=_MAY_LOSE,
         )
 
 
@@ -84,14 +90,14 @@ def _head(folder: Path, count: int) -> NDArray[np.float32]:
     return np.array(np.load(folder / "vectors.npy", mmap_mode="r")[:count])
 
 
-def _curve(folder: Path, trained: Path) -> Facts:
+def _curve(folder: Path, trained: Path, probes: tuple[int, ...]) -> Facts:
     """codes<nprobe>: codes scanned by a query; recall<nprobe>: recall@10 in percent, ties counted."""
     index: Any = faiss.read_index(str(trained))
     base, queries = _head(folder, _BASE_ROWS), np.load(folder / "queries.npy")
     reach = np.load(folder / "kth.npy") * (1 + 1e-4) + 1e-6
     fill(index, [(np.arange(len(base)), base)])
     facts: dict[str, float] = {}
-    for nprobe in _PROBES:
+    for nprobe in probes:
         index.nprobe = nprobe
         faiss.cvar.indexIVF_stats.reset()
         found = index.search(queries, _K)[1]
@@ -103,18 +109,26 @@ def _curve(folder: Path, trained: Path) -> Facts:
     return facts
 
 
-def _quality(ours: Facts, theirs: Facts) -> str:
-    """Recall of ours, read at the codes that theirs scans, less that of theirs."""
-    recall, codes, their_recall, their_codes = (
-        np.array([facts[f"{name}{nprobe}"] for nprobe in _PROBES], float)
-        for facts in (ours, theirs)
-        for name in ("recall", "codes")
-    )
-    gains = np.interp(np.log(their_codes), np.log(codes), recall) - their_recall
+def _gains(ours: Facts, theirs: Facts) -> NDArray[np.float64]:
+    """Recall of ours, read at the codes that theirs scans at each of _PROBES, less that of theirs; points."""
+    recall, codes = _columns(ours, _DENSE_PROBES)
+    their_recall, their_codes = _columns(theirs, _PROBES)
+    gained: NDArray[np.float64] = np.interp(np.log(their_codes), np.log(codes), recall) - their_recall
+    return gained
 
+
+def _columns(facts: Facts, probes: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    recall, codes = (
+        np.array([facts[f"{name}{nprobe}"] for nprobe in probes], np.float64) for name in ("recall", "codes")
+    )
+    return recall, codes
+
+
+def _quality(ours: Facts, theirs: Facts, gains: NDArray[np.float64]) -> str:
     def listed(values: NDArray[Any], form: str) -> str:
         return "/".join(format(float(value), form) for value in values)
 
+    (recall, codes), (_, their_codes) = _columns(ours, _PROBES), _columns(theirs, _PROBES)
     return (
         f"recall@10 {listed(recall, '.1f')} at nprobe {'/'.join(map(str, _PROBES))} ({listed(codes, '.0f')} "
         f"codes); at the factory's {listed(their_codes, '.0f')} codes {listed(gains, '+.2f')} points"
