@@ -579,7 +579,11 @@ def test_the_units_build_deploy_and_cache_and_repeat_nothing_after_a_restart(
         assert {key.decode() for key in client.keys("playlist_*")} == {
             key
             for program in CATALOG.programs
-            for key in (program.update_key, *(program.ids_key(spec.name) for spec in CATALOG.indexes))
+            for key in (
+                program.update_key,
+                program.meta_key,
+                *(program.ids_key(spec.name) for spec in CATALOG.indexes),
+            )
         }
     assert host.live.stat().st_mode & 0o777 == 0o644
     assert not holding_secrets(host, stores)
