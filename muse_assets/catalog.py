@@ -71,6 +71,20 @@ class IndexSpec:
     max_imbalance: float = 8.0
     max_rejected_share: float = 0.01
     max_shrink_share: float = 0.10
+    # A batch corrects some rows; another model embeds them all. 1 takes any vectors.
+    max_replaced_share: float = 0.5
+    # recall@10 below the live file's, on the same queries. A day moves it by tenths of a point, half the
+    # lists in the stored nprobe by up to 2 points.
+    max_recall_drop: float = 0.05
+    # The same recording on several albums is one vector more than once; past this a job writes one for many.
+    max_duplicate_share: float = 0.5
+    max_norm_outlier_share: float = 0.005
+    # Of the dimensions; a model that lost some of its inputs writes the same numbers for every song.
+    max_constant_share: float = 0.02
+    # Of a program's songs, those with a row: an instrumental has no lyrics, a new song no embedding yet.
+    min_coverage: float = 0.8
+    # Whether a drifted table is trained anew by itself, once, at night (`automation.build_retrain_sensor`).
+    auto_retrain: bool = False
     # The search server throws hits beyond this squared L2 distance away.
     distance_cut: float | None = None
 
@@ -94,7 +108,18 @@ class IndexSpec:
             problems.append(f"nprobe {self.nprobe} is not within 1..nlist")
         if not 1 <= len(self.song_key) <= 2:
             problems.append("song_key takes the disc column, or disc and track")
-        for share in ("recall_gate", "probe_share", "max_rejected_share", "max_shrink_share"):
+        for share in (
+            "recall_gate",
+            "probe_share",
+            "max_rejected_share",
+            "max_shrink_share",
+            "max_replaced_share",
+            "max_recall_drop",
+            "max_duplicate_share",
+            "max_norm_outlier_share",
+            "max_constant_share",
+            "min_coverage",
+        ):
             if not 0 <= getattr(self, share) <= 1:
                 problems.append(f"{share} {getattr(self, share)} is not within 0..1")
         if problems:
@@ -151,6 +176,11 @@ class Program:
         """Redis key of the time of the program's last refresh."""
         return f"playlist_update:{self.id}"
 
+    @property
+    def meta_key(self) -> str:
+        """Redis key of what the id lists are: counts, live contents, the advised way to search them."""
+        return f"playlist_meta:{self.id}"
+
 
 @dataclass(frozen=True)
 class Catalog:
@@ -190,6 +220,8 @@ def _by(items: tuple[Any, ...], field: str, value: str, what: str) -> Any:
 
 # The server cuts artist, title and lyrics hits at this distance.
 _CUT = 0.9
+# Every song of an artist has the same name's vector.
+_ANY = 1.0
 
 CATALOG = Catalog(
     indexes=(
@@ -209,6 +241,7 @@ CATALOG = Catalog(
             1024,
             "tb_embedding_bgem3_artist_h",
             "artist_embedding",
+            max_duplicate_share=_ANY,
             distance_cut=_CUT,
         ),
         IndexSpec(
@@ -218,6 +251,7 @@ CATALOG = Catalog(
             1024,
             "tb_embedding_bgem3_song_name_h",
             "song_name_embedding",
+            max_duplicate_share=_ANY,
             distance_cut=_CUT,
         ),
         IndexSpec(
@@ -227,6 +261,7 @@ CATALOG = Catalog(
             1024,
             "tb_embedding_bgem3_album_name_h",
             "album_name_embedding",
+            max_duplicate_share=_ANY,
             song_key=("disccommseq",),
         ),
         IndexSpec(

@@ -14,7 +14,7 @@ from muse_assets.alerts import build_failure_sensor
 from muse_assets.assets.index_lane import build_lane
 from muse_assets.assets.playlist_cache import build_playlist_assets
 from muse_assets.assets.server_reload import build_server_reload
-from muse_assets.automation import build_deploy_sensor, build_jobs, build_schedule
+from muse_assets.automation import build_deploy_sensor, build_jobs, build_retrain_sensor, build_schedule
 from muse_assets.resources import Database, ProgressLog, RedisServer, ServerDirectory, WorkDirectory
 from muse_assets.settings import Settings
 
@@ -39,6 +39,9 @@ def build_defs(settings: Settings | None = None, **resources: Any) -> dg.Definit
         sensors=[
             build_deploy_sensor(
                 catalog, jobs, settings.server_directory(), running=running, reloads=bool(settings.reload)
+            ),
+            build_retrain_sensor(
+                catalog, jobs, settings.server_directory(), hours=settings.quiet_hours(), running=running
             ),
             build_failure_sensor(settings, running=running),
         ],

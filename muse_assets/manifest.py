@@ -25,7 +25,8 @@ class Manifest:
     partition: newest day (Seoul, ISO) this content stands for. cluster: fingerprint of the coarse
     centroids and the codebook. gate: the limits that were kept. rejected: reason -> rows. queries: how many
     recall is of. probes: by nprobe, recall@k and codes scanned. list_sizes: codes per inverted list. checks:
-    the gate's outcomes, name -> facts.
+    the gate's outcomes, name -> facts. trained_recall: recall@10 of the first file with this cluster, at its
+    widest search. drift: ratios to the facts of training (`snapshots.drift`).
     """
 
     index: str
@@ -60,6 +61,11 @@ class Manifest:
     recall_at_100: float | None = None
     codes_scanned: float = 0.0
     probes: list[dict[str, float]] = field(default_factory=list)
+    # Of the newest snapshot that there was before, and what it finds of this file's queries.
+    previous: str | None = None
+    previous_recall_at_10: float | None = None
+    trained_recall: float = 0.0
+    drift: dict[str, float] = field(default_factory=dict)
     imbalance: float = 1.0
     list_sizes: list[int] = field(default_factory=list)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)

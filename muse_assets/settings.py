@@ -46,7 +46,12 @@ class Settings(BaseSettings):
     alert_url: SecretStr | None = Field(None, description="Webhook (http or https) that red runs are told to")
     ui_url: str | None = Field(None, description="Where people reach the Dagster UI: alerts link to it")
     automation: Literal["running", "stopped"] = Field(
-        "stopped", description="Initial state of the schedule and the deploy sensor"
+        "stopped", description="Initial state of the schedule and the sensors"
+    )
+    retrain_hours: str = Field(
+        "01-05",
+        pattern=r"^([01][0-9]|2[0-3])-([01][0-9]|2[0-3])$",
+        description="Hours of the day (Seoul) in which a drifted index with auto_retrain may be retrained",
     )
     catalog: Path | None = Field(None, description="TOML file with an installation's catalog overrides")
 
@@ -90,6 +95,11 @@ class Settings(BaseSettings):
     def server_directory(self) -> Path:
         """Folder the search server loads from."""
         return (self.server_dir or self.root / "server").expanduser().resolve()
+
+    def quiet_hours(self) -> tuple[int, int]:
+        """`retrain_hours` as the first hour and the one after the last; over midnight the first is larger."""
+        first, _, end = self.retrain_hours.partition("-")
+        return int(first), int(end)
 
     def load_catalog(self) -> Catalog:
         """The catalog with this installation's overrides."""

@@ -219,7 +219,7 @@ def environment_of(home: Path, **urls: str) -> dict[str, str]:
 
 def write_small_catalog(file: Path) -> Path:
     """Catalog overrides under which a day of all indexes costs 1 s instead of 2 s, gates of quality off."""
-    shape = {"nlist": 4, "m": 8, "recall_gate": 0.0, "max_imbalance": 1000.0}
+    shape = {"nlist": 4, "m": 8, "recall_gate": 0.0, "max_imbalance": 1000.0, "max_recall_drop": 1.0}
     fields = "".join(f"{name} = {value}\n" for name, value in shape.items())
     file.write_text("\n".join(f"[index.{spec.name}]\n{fields}" for spec in CATALOG.indexes), "utf-8")
     return file

@@ -71,6 +71,8 @@ class DeployConfig(dg.Config):  # type: ignore[misc, unused-ignore]
     """Accept a file more than 1.5 times as large as the live one."""
     confirm_shrink: bool = False
     """Accept that far more rows vanished since the live file than the catalog allows."""
+    confirm_recall: bool = False
+    """Accept that the file finds less than the live one, by more than the catalog allows."""
     replace_damaged: bool = False
     """Replace a live file whose bytes are not what was published; they are kept aside."""
     pin: bool = True
@@ -302,6 +304,7 @@ def _deploy_snapshot(spec: IndexSpec, work: Path, server: Path, config: DeployCo
         server,
         confirm_size=config.confirm_size,
         confirm_shrink=config.confirm_shrink,
+        confirm_recall=config.confirm_recall,
         replace_damaged=config.replace_damaged,
         unpin=config.release,
     )

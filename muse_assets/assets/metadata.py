@@ -17,9 +17,11 @@ from muse_assets.manifest import Manifest
 from muse_assets.publishing.deploying import Deployment
 from muse_assets.snapshots.building import Built
 from muse_assets.snapshots.cluster import ClusterManifest
-from muse_assets.snapshots.gate import Check
+from muse_assets.snapshots.gate import DRIFT, Check
 from muse_assets.snapshots.neighbor_preview import NEIGHBORS, NeighborPreview
 
+# What the retrain sensor reads of a build.
+RETRAIN_ADVISED = "retrain_advised"
 # A Markdown picture renders inline only while the whole string stays under about 1,000 characters.
 _SPARKLINE_BARS = 24
 
@@ -76,6 +78,8 @@ def index_metadata(built: Built, preview: NeighborPreview) -> dict[str, Any]:
         "codes_scanned": round(facts.codes_scanned, 1),
         "imbalance": facts.imbalance,
         "seconds": round(built.seconds, 2),
+        **{f"drift_{name}": value for name, value in facts.drift.items()},
+        RETRAIN_ADVISED: not facts.checks.get(DRIFT, {}).get("passed", True),
         "size_mb": round(facts.size / 1e6, 3),
         "list_sizes": dg.MetadataValue.md(sparkline(sorted(facts.list_sizes, reverse=True), "list sizes")),
         "nearest_neighbors": _neighbors(preview),
@@ -92,6 +96,8 @@ def index_metadata(built: Built, preview: NeighborPreview) -> dict[str, Any]:
     }
     if rejected:
         metadata["rejected_rows"] = dg.MetadataValue.table(rejected)
+    if built.duplicates:
+        metadata["largest_duplicates"] = _duplicates(built)
     return metadata
 
 
@@ -150,10 +156,31 @@ def sparkline(values: Sequence[float], label: str) -> str:
     return f"![{label}](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
 
 
+def _duplicates(built: Built) -> dg.TableMetadataValue:
+    """The largest groups of rows that share list and code, and whether the table's rows are equal."""
+    records = [
+        dg.TableRecord(
+            {
+                "rows": group.rows,
+                "idx": ", ".join(map(str, group.idx)),
+                "equal to the bit": f"{group.equal} of {group.read} read",
+            }
+        )
+        for group in built.duplicates
+    ]
+    return dg.MetadataValue.table(records)
+
+
 def _before_and_after(built: Built) -> dg.TableMetadataValue:
-    """The previous snapshot's facts beside this one's: what a retrain or a day's rows changed."""
-    previous = built.previous
+    """The previous snapshot's facts beside this one's: what a retrain or a day's rows changed.
+
+    Recall of both is on the same queries: after a retrain the build asked the previous file anew.
+    """
+    facts, previous = built.manifest, built.previous
     before = _comparable(previous.path, previous.manifest) if previous else {}
+    if previous and previous.manifest.cluster != facts.cluster:
+        asked = facts.previous_recall_at_10 if facts.previous == previous.manifest.sha256 else None
+        before["recall@10"] = "unknown" if asked is None else f"{asked:.3f}"
     records = [
         dg.TableRecord({"fact": name, "before": before.get(name, "none"), "after": after})
         for name, after in _comparable(built.path, built.manifest).items()

@@ -83,14 +83,16 @@ def deploy(
     *,
     confirm_size: bool = False,
     confirm_shrink: bool = False,
+    confirm_recall: bool = False,
     replace_damaged: bool = False,
     unpin: bool = False,
 ) -> Deployment:
     """Make `snapshot` the index's live file in the directory `server`, keeping the replaced one.
 
     confirm_size lets the file be more than 1.5 times the live one's size; confirm_shrink lets it have
-    fewer rows than the catalog allows; replace_damaged lets a live file of unknown content be replaced;
-    unpin releases a pinned index, which otherwise takes the pinned content alone.
+    fewer rows than the catalog allows, confirm_recall find less; replace_damaged lets a live file of
+    unknown content be replaced; unpin releases a pinned index, which otherwise takes the pinned content
+    alone.
     Raises PermanentFailure for a refusal, Conflict when another process holds the lock or changed the live
     file or the snapshot meanwhile, PassingFailure for a failing disk. Unless it is Unconfirmed, the live
     file is the one it was.
@@ -113,7 +115,14 @@ def deploy(
                 next_step=f"`muse release {spec.name}` lets new builds go live again, a deploy with"
                 " release: true this one.",
             )
-        found = violations(spec, manifest, live, confirm_size=confirm_size, confirm_shrink=confirm_shrink)
+        found = violations(
+            spec,
+            manifest,
+            live,
+            confirm_size=confirm_size,
+            confirm_shrink=confirm_shrink,
+            confirm_recall=confirm_recall,
+        )
         _check_candidate(spec, snapshot, manifest, live, found)
         if live is not None and live.damaged and not replace_damaged:
             raise PermanentFailure(

@@ -197,7 +197,12 @@ def adopt(
             write_state(work, spec.name, staged.sha256, proof.state)
             write_manifest(work, manifest)
             cluster = take_cluster(
-                index, spec, work / spec.cluster_file, proof.state.queries, table_rows=proof.table_rows
+                index,
+                spec,
+                work / spec.cluster_file,
+                proof.state.queries,
+                table_rows=proof.table_rows,
+                newest_idx=proof.newest_idx,
             )
         except BaseException:
             durable_files.discard(staged)

@@ -27,15 +27,24 @@ from muse_assets.embeddings.decoding import Reason, decode
 from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets, read_digests
 from muse_assets.embeddings.reading import Bounds, join_pages, rows_by_idx
 from muse_assets.failures import PermanentFailure
+from muse_assets.ivfpq.coarse_error import coarse_errors
 from muse_assets.ivfpq.contents import list_ids, list_sizes, trained_fingerprint
+from muse_assets.ivfpq.duplicates import find_duplicates
 from muse_assets.ivfpq.encoding import encoder_name
 from muse_assets.ivfpq.exact_neighbors import Queries, lists_suffice
 from muse_assets.ivfpq.files import discard_lists, ntotal_field, read_index, write_index
-from muse_assets.ivfpq.probing import K, ProbeCurve, choose_nprobe, measure_probes
+from muse_assets.ivfpq.probing import K, ProbeCurve, choose_nprobe, measure_probes, recall_at
 from muse_assets.ivfpq.quality import imbalance, reencoded_wrongly
 from muse_assets.manifest import Manifest, read_manifest, write_manifest
 from muse_assets.snapshots import gate
 from muse_assets.snapshots.cluster import SEED, Cluster, keep_queries, load_cluster
+from muse_assets.snapshots.data_quality import (
+    DuplicateGroup,
+    confirm_duplicates,
+    constant_dimensions,
+    norm_outliers,
+)
+from muse_assets.snapshots.drift import Drift, measure_drift, widest_recall
 from muse_assets.snapshots.gate import Check, GateFailed
 from muse_assets.snapshots.progress import Progress, silent
 from muse_assets.snapshots.queries import draw_queries
@@ -59,9 +68,12 @@ from muse_assets.snapshots.sync import (
     synchronize,
 )
 
-# Rows read again from the table and encoded again, half of them of those that this build put in.
-_REREAD_ROWS = 1_000
+# Rows read again from the table and encoded again: of the whole table, and of those that this build put in.
+_REREAD_ROWS, _REREAD_PUT_IN = 1_000, 500
 _COMPARED_QUERIES = 20
+# Fewer rows tell nothing of where rows like them lie.
+_TELLING_ROWS = 30
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class Built:
     """A snapshot in place, what the gate said of it, and what was learned of the table.
 
     rejected_examples: reason -> up to five idx. table_rows: valid and rejected. seconds: of this build.
+    duplicates: the largest groups of rows that share a code; of an unchanged table they are not read again.
     previous: the newest snapshot up to that day as the build found it; None for the first.
     """
 
@@ -79,6 +92,7 @@ class Built:
     table_rows: int
     table_columns: dict[str, str]
     seconds: float
+    duplicates: tuple[DuplicateGroup, ...] = ()
     previous: Snapshot | None = None
 
 
@@ -106,9 +120,14 @@ class _Parent:
 
 @dataclass(frozen=True)
 class _Filled:
-    """An index that was synced, and what it was synced from and to."""
+    """An index that was synced, and what it was synced from and to.
+
+    previous: the newest snapshot. replaced: rows of it in whose place stands another vector.
+    """
 
     index: Any
+    previous: Snapshot | None
+    replaced: int
     cluster: Cluster
     parent: _Parent | None
     table: TableState
@@ -125,11 +144,33 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _Reread:
-    """Rows of the table, read again. ids (n,), vectors (n, d); wrong (w,): ids that encode otherwise."""
+    """Rows of the table, read again.
+
+    ids (n,) ascending; vectors (n, d); errors (n,): squared distance to the centroid; random (n,): which are
+    drawn from the whole table, the others are of those put in; wrong (w,): ids that encode otherwise.
+    """
 
     ids: NDArray[np.int64]
     vectors: NDArray[np.float32]
+    errors: NDArray[np.float32]
+    random: NDArray[np.bool_]
     wrong: NDArray[np.int64]
+
+    def mean_error(self, among: NDArray[np.bool_]) -> float | None:
+        """Of the rows that `among` (n,) marks; None where they are too few to tell."""
+        return _mean(self.errors[among])
+
+    def foreign_share(self, among: NDArray[np.bool_], mean: NDArray[np.float32]) -> float | None:
+        """Those nearer to `mean` (d,) than to any centroid, of the marked rows; None where they are too few.
+
+        By more than rounding: where all rows are equal, mean and centroid are the row.
+        """
+        to_mean = np.square(self.vectors - mean).sum(axis=1)
+        return _mean(self.errors[among] > to_mean[among] + _ROUNDING * np.square(mean).sum())
+
+
+def _mean(values: NDArray[Any]) -> float | None:
+    return float(values.mean(dtype=np.float64)) if len(values) >= _TELLING_ROWS else None
 
 
 def build_snapshot(
@@ -172,16 +213,23 @@ def build_snapshot(
         if parent and same_rows and parent.snapshot.manifest.gate == gate_of(spec):
             built = _unchanged(build, parent, table)
         else:
-            filled = _fill(build, cluster, parent, table)
+            filled = _fill(build, cluster, parent, table, previous)
             if parent and not lists_suffice(filled.synced.state.neighbors):
-                filled = _fill(build, load_cluster(cluster.path, spec), None, table)
+                anew = _fill(build, load_cluster(cluster.path, spec), None, table, previous)
+                filled = replace(anew, replaced=filled.replaced)
             previous_rows = previous.manifest.rows if previous else 0
             require_plausible(spec, filled.synced, previous_rows, confirm_shrink=confirm_shrink)
             built = _finish(build, filled)
         return replace(built, previous=previous)
 
 
-def _fill(build: _Build, cluster: Cluster, parent: _Parent | None, table: TableState) -> _Filled:
+def _fill(
+    build: _Build,
+    cluster: Cluster,
+    parent: _Parent | None,
+    table: TableState,
+    previous: Snapshot | None,
+) -> _Filled:
     if parent:
         index, before = read_index(parent.snapshot.path), parent.state
     else:
@@ -191,7 +239,7 @@ def _fill(build: _Build, cluster: Cluster, parent: _Parent | None, table: TableS
             keep_queries(cluster, build.spec, queries)
         index, before = cluster.index, no_rows(queries)
     synced = synchronize(build.engine, build.spec, index, before, table, build.on_progress)
-    return _Filled(index, cluster, parent, table, synced)
+    return _Filled(index, previous, synced.replaced, cluster, parent, table, synced)
 
 
 def source_of(spec: IndexSpec) -> str:
@@ -206,7 +254,9 @@ def gate_of(spec: IndexSpec) -> str:
     """The limits a snapshot has to keep: after a change of them even an unchanged table is measured anew."""
     return (
         f"recall {spec.recall_gate} probes {spec.probe_share} imbalance {spec.max_imbalance} "
-        f"rejected {spec.max_rejected_share}{f' nprobe {spec.nprobe}' if spec.nprobe else ''}"
+        f"rejected {spec.max_rejected_share} duplicates {spec.max_duplicate_share} "
+        f"norms {spec.max_norm_outlier_share} constant {spec.max_constant_share}"
+        f"{f' nprobe {spec.nprobe}' if spec.nprobe else ''}"
     )
 
 
@@ -263,24 +313,32 @@ def _finish(build: _Build, filled: _Filled) -> Built:
             raise GateFailed(spec, day, (unread,)) from error
         sizes = list_sizes(index)
         reread = _reread(build, index, synced)
+        drift = _measure_drift(build, filled, index, measured.curve, reread)
+        duplicates = find_duplicates(index)
         different = _differences(index, filled.cluster.fingerprint, synced.state.queries, measured)
         checks = (
             gate.check_id_parity(synced.expected_ids, list_ids(index), synced.state.digests.total_rows),
             gate.check_recall(spec, measured.curve, index.nprobe),
             gate.check_reencoding(reread.wrong, len(reread.ids)),
             gate.check_balance(spec, imbalance(index), sizes),
+            _check_embedding_model(build, filled, reread),
+            gate.check_drift(drift),
             gate.check_norms(np.linalg.norm(reread.vectors, axis=1)),
+            gate.check_norm_outliers(spec, norm_outliers(reread.ids, reread.vectors)),
+            gate.check_constant_dimensions(spec, constant_dimensions(reread.vectors[reread.random])),
+            gate.check_duplicates(spec, duplicates),
             gate.check_integrity(different, staged.sha256, staged.size),
         )
         gate.require_passed(spec, day, checks)
-        manifest = _manifest(build, filled, index, measured.curve, staged, checks)
+        groups = confirm_duplicates(duplicates, spec.id_offset, partial(_read_rows, build))
+        manifest = _manifest(build, filled, index, measured.curve, drift, staged, checks)
         write_state(build.work, spec.name, staged.sha256, synced.state)
         write_manifest(build.work, manifest)
     except BaseException:
         durable_files.discard(staged)
         raise
     durable_files.commit(staged)
-    return _built(build, manifest, checks, synced.state, filled.table)
+    return replace(_built(build, manifest, checks, synced.state, filled.table), duplicates=groups)
 
 
 def _built(
@@ -320,13 +378,13 @@ def _measure(spec: IndexSpec, index: Any, state: RowState) -> _Measured:
 
 
 def _reread(build: _Build, index: Any, synced: Synced) -> _Reread:
-    """Read rows again, half of them of those that were put in, others every day, and encode them."""
+    """Read rows again, some of them of those that were put in, others every day, and encode them."""
     spec = build.spec
     random = np.random.default_rng(build.day.toordinal())
-    pulled = random.choice(synced.pulled_ids, min(_REREAD_ROWS // 2, len(synced.pulled_ids)), replace=False)
-    others = random.choice(synced.expected_ids, min(_REREAD_ROWS, len(synced.expected_ids)), replace=False)
-    others = others[~np.isin(others, pulled)][: _REREAD_ROWS - len(pulled)]
-    wanted = np.union1d(pulled, others)
+    put_in = np.concatenate([synced.added_ids, synced.recoded_ids])
+    # First the same ones whatever was put in: what is measured on them does not depend on history.
+    drawn = random.choice(synced.expected_ids, min(_REREAD_ROWS, len(synced.expected_ids)), replace=False)
+    wanted = np.union1d(drawn, random.choice(put_in, min(_REREAD_PUT_IN, len(put_in)), replace=False))
     ids, vectors = _read_rows(build, wanted)
     # A gate that measures next to nothing passes everything, as after a TRUNCATE.
     require_still_there(spec, len(wanted), len(ids))
@@ -342,7 +400,73 @@ def _reread(build: _Build, index: Any, synced: Synced) -> _Reread:
         )
         moved = changed_buckets(synced.state.digests.select(buckets), now)
         wrong = wrong[~np.isin((wrong - spec.id_offset) // BUCKET_ROWS, moved)]
-    return _Reread(ids, vectors, wrong)
+    return _Reread(ids, vectors, coarse_errors(index, vectors), np.isin(ids, drawn), wrong)
+
+
+def _check_embedding_model(build: _Build, filled: _Filled, reread: _Reread) -> Check:
+    synced, queries = filled.synced, filled.synced.state.queries.vectors
+    put_in = np.isin(reread.ids, np.concatenate([synced.added_ids, synced.recoded_ids]))
+    foreign = of_table = shift = None
+    if len(queries) >= _TELLING_ROWS:
+        center = queries.mean(axis=0)
+        foreign, of_table = (reread.foreign_share(rows, center) for rows in (put_in, reread.random))
+        spread = float(queries.var(axis=0).sum())
+        if spread and foreign is not None:
+            shift = float(np.square(reread.vectors[put_in].mean(axis=0) - center).sum()) / spread
+    return gate.check_embedding_model(
+        build.spec,
+        rows=len(synced.expected_ids),
+        put_in=synced.added + synced.reembedded,
+        replaced=filled.replaced,
+        foreign=foreign,
+        foreign_of_table=of_table,
+        mean_shift=shift,
+    )
+
+
+def _measure_drift(
+    build: _Build, filled: _Filled, index: Any, curve: ProbeCurve, reread: _Reread
+) -> Drift | None:
+    """None where nobody knows what the cluster was trained on."""
+    trained = filled.cluster.facts
+    if trained is None:
+        return None
+    ids, newest = filled.synced.expected_ids, trained.newest_idx + build.spec.id_offset
+    return measure_drift(
+        trained,
+        curve,
+        rows=len(ids),
+        new_rows=int((ids > newest).sum()),
+        new_error=reread.mean_error(reread.random & (reread.ids > newest)),
+        imbalance=imbalance(index),
+        trained_recall=_trained_recall(filled, curve),
+    )
+
+
+def _trained_recall(filled: _Filled, curve: ProbeCurve) -> float:
+    """Of the first index with this cluster: the curve's, where there is no earlier one."""
+    before = _of_this_cluster(filled)
+    return before.trained_recall if before and before.trained_recall else widest_recall(curve)
+
+
+def _of_this_cluster(filled: _Filled) -> Manifest | None:
+    """Facts of the newest snapshot, where it was made with the same cluster and so has the same queries."""
+    before = filled.previous.manifest if filled.previous else None
+    return before if before and before.cluster == filled.cluster.fingerprint and before.queries else None
+
+
+def _previous_recall(filled: _Filled) -> float | None:
+    """What the newest snapshot finds of the queries, at its own nprobe; after a retrain it is asked anew.
+
+    None where there is none, or where it cannot be asked: its vectors have another length.
+    """
+    queries = filled.synced.state.queries.vectors
+    if filled.previous is None or filled.previous.manifest.dimension != queries.shape[1]:
+        return None
+    if same := _of_this_cluster(filled):
+        return same.recall_at_10
+    state, index = filled.synced.state, read_index(filled.previous.path, precompute=True)
+    return recall_at(index, state.queries, state.neighbors)
 
 
 def _differences(written: Any, fingerprint: str, queries: Queries, measured: _Measured) -> tuple[str, ...]:
@@ -362,6 +486,7 @@ def _manifest(
     filled: _Filled,
     index: Any,
     curve: ProbeCurve,
+    drift: Drift | None,
     staged: Staged,
     checks: tuple[Check, ...],
 ) -> Manifest:
@@ -397,6 +522,10 @@ def _manifest(
         reembedded=synced.reembedded,
         rejected=synced.state.rejected_counts(),
         **recall_facts(curve, index.nprobe),
+        previous=filled.previous.manifest.sha256 if filled.previous else None,
+        previous_recall_at_10=_previous_recall(filled),
+        trained_recall=_trained_recall(filled, curve),
+        drift=drift.facts() if drift else {},
         imbalance=round(imbalance(index), 4),
         list_sizes=[int(size) for size in list_sizes(index)],
         checks={

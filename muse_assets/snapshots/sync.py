@@ -43,7 +43,7 @@ from muse_assets.embeddings.reading import (
     table_extent,
 )
 from muse_assets.failures import PassingFailure, PermanentFailure
-from muse_assets.ivfpq.contents import list_ids, read_contents, remove_ids, sort_lists
+from muse_assets.ivfpq.contents import Contents, list_ids, read_contents, remove_ids, sort_lists
 from muse_assets.ivfpq.encoding import fill
 from muse_assets.ivfpq.exact_neighbors import NearestRows
 from muse_assets.snapshots.progress import Progress, silent
@@ -72,15 +72,30 @@ class TableState:
 class Synced:
     """The outcome: rows the index now stands for, the valid ids, and what changed.
 
-    expected_ids (n,) int64 ascending; pulled_ids (p,) int64: those of them that were read and encoded.
+    expected_ids (n,) int64 ascending; added_ids (a,), recoded_ids (r,) int64: those of them that are
+    new, and that encode otherwise than before.
     """
 
     state: RowState
     expected_ids: NDArray[np.int64]
-    pulled_ids: NDArray[np.int64]
-    added: int
+    added_ids: NDArray[np.int64]
+    recoded_ids: NDArray[np.int64]
     removed: int
-    reembedded: int
+
+    @property
+    def added(self) -> int:
+        """Rows that are new."""
+        return len(self.added_ids)
+
+    @property
+    def reembedded(self) -> int:
+        """Rows that encode otherwise than before."""
+        return len(self.recoded_ids)
+
+    @property
+    def replaced(self) -> int:
+        """Rows in whose place stands another vector: under their id, or under a new one."""
+        return min(self.added, self.removed) + self.reembedded
 
 
 def read_table_state(engine: Engine, spec: IndexSpec, before: datetime | None) -> TableState:
@@ -168,10 +183,9 @@ def synchronize(
     return Synced(
         state=state,
         expected_ids=np.sort(np.concatenate([kept, valid])),
-        pulled_ids=valid,
-        added=len(valid) - len(again),
+        added_ids=np.setdiff1d(valid, again, assume_unique=True),
+        recoded_ids=_recoded(index, old, again),
         removed=len(old.ids) - len(again),
-        reembedded=_recoded(index, old, again),
     )
 
 
@@ -311,11 +325,13 @@ def _page_plan(digests: Digests) -> Iterator[NDArray[np.int64]]:
         yield digests.bucket[start:]
 
 
-def _recoded(index: Any, old: Any, ids: NDArray[np.int64]) -> int:
+def _recoded(index: Any, old: Contents, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of `ids` (n,) ascending whose list or code is not what it was."""
     new = read_contents(index, only=ids)
     rows = np.searchsorted(old.ids, ids)
     different = (old.lists[rows] != new.lists) | (old.codes[rows] != new.codes).any(axis=1)
-    return int(different.sum())
+    changed: NDArray[np.int64] = ids[different]
+    return changed
 
 
 def _ahead(source: Iterable[T], depth: int = 2) -> Generator[T]:
