@@ -55,7 +55,7 @@ class IndexConfig(dg.Config):  # type: ignore[misc, unused-ignore]
     full: bool = False
     """Start from the empty cluster instead of the newest snapshot."""
     confirm_shrink: bool = False
-    """Accept that more rows vanished than the catalog allows."""
+    """Accept that more rows vanished, or were replaced, than the catalog allows."""
 
 
 class DeployConfig(dg.Config):  # type: ignore[misc, unused-ignore]

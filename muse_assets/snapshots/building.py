@@ -188,8 +188,8 @@ def build_snapshot(
 
     Builds on the newest verified snapshot of that day or an earlier one with the same trained cluster,
     encoder and source; else, or with `full`, from the empty cluster. `confirm_shrink` accepts a mass
-    disappearance of rows. Raises GateFailed (with every check) when the result is not good, another
-    MuseError when it could not be made; then the day's previous file, if any, is untouched.
+    disappearance or exchange of rows. Raises GateFailed (with every check) when the result is not good,
+    another MuseError when it could not be made; then the day's previous file, if any, is untouched.
     """
     build = _Build(engine, spec, work, day, on_progress, time.monotonic())
     unharmed = f"no snapshot of {day} was written"
@@ -217,6 +217,8 @@ def build_snapshot(
             if parent and not lists_suffice(filled.synced.state.neighbors):
                 anew = _fill(build, load_cluster(cluster.path, spec), None, table, previous)
                 filled = replace(anew, replaced=filled.replaced)
+            if confirm_shrink:  # the table was emptied or restored on purpose
+                filled = replace(filled, replaced=0)
             previous_rows = previous.manifest.rows if previous else 0
             require_plausible(spec, filled.synced, previous_rows, confirm_shrink=confirm_shrink)
             built = _finish(build, filled)

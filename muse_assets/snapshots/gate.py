@@ -178,7 +178,10 @@ def check_embedding_model(
     """
     problems = []
     if rows and replaced > spec.max_replaced_share * rows:
-        problems.append(f"{replaced:,} of {rows:,} rows hold other vectors than in the snapshot before")
+        problems.append(
+            f"{replaced:,} of {rows:,} rows hold other vectors than in the snapshot before (if the table was "
+            "restored on purpose, launch the index with confirm_shrink: true)"
+        )
     judged = spec.max_replaced_share < 1
     if judged and foreign is not None and put_in > _TELLING_SHARE * rows and foreign > _FOREIGN:
         problems.append(f"of the {put_in:,} rows put in, {foreign:.0%} lie by no centroid")

@@ -175,12 +175,16 @@ def secret_parameters(world: World) -> Iterator[None]:
     """A statement fails whose bound parameters hold the secret: SQLAlchemy would show them."""
     playlist = create_engine(world.stores.playlist_url)
     table = world.installed.catalog.program(PROGRAM).song_table
+    become = text(f"UPDATE {table} SET disc_id = :after WHERE disc_id = :before")
+    with playlist.connect() as connection:
+        disc = connection.execute(text(f"SELECT MIN(disc_id) FROM {table}")).scalar_one()
     with playlist.begin() as connection:
-        connection.execute(
-            text(f"UPDATE {table} SET disc_id = :secret ORDER BY disc_id LIMIT 1"), {"secret": CANARY}
-        )
+        connection.execute(become, {"before": disc, "after": CANARY})
     with sql("RENAME TABLE {table} TO aside", "RENAME TABLE aside TO {table}")(world):
         yield
+    # Else it is a song that no table has, and shown as such.
+    with playlist.begin() as connection:
+        connection.execute(become, {"before": CANARY, "after": disc})
 
 
 @contextlib.contextmanager
