@@ -21,7 +21,7 @@ from muse_assets.embeddings.sampling import Sample, sample_vectors
 from muse_assets.ivfpq.exact_neighbors import Queries
 
 # The spread of recall@10 over queries is 0.25, so it is known to 2 points; its change from day to day far
-# closer, since the same queries are asked. Together they cost a full build a tenth of what encoding does.
+# closer, since the same queries are asked.
 QUERIES = 128
 # A smaller table trains on its queries too: there every row counts.
 _HELD_OUT_FROM = 10 * QUERIES
