@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import list_sizes
 from muse_assets.ivfpq.encoding import fill
+from muse_assets.ivfpq.probing import probe_ladder
 from muse_assets.ivfpq.training import HNSW_FROM_NLIST, choose_nlist, train, training_rows
 
 K = 10
@@ -266,7 +267,7 @@ class Tuner:
         sizes = np.append(list_sizes(ivf), 0)  # list -1, where a graph reaches fewer lists, has no codes
         curve: list[tuple[int, float, float]] = []
         with _searched_by(ivf, coarse):
-            for nprobe in _ladder(ivf.nlist):
+            for nprobe in probe_ladder(ivf.nlist):
                 ivf.nprobe = nprobe
                 _, lists = faiss.downcast_index(ivf.quantizer).search(asked, nprobe)
                 _, ids = ivf.search(asked, K)
@@ -384,8 +385,3 @@ def _timed(index: Any, query: Floats) -> float:
     started = time.perf_counter()
     index.search(query, K)
     return time.perf_counter() - started
-
-
-def _ladder(nlist: int) -> list[int]:
-    """1, 2, 4, ... and nlist."""
-    return sorted({1 << bit for bit in range(nlist.bit_length())} | {nlist})

@@ -39,6 +39,7 @@ from muse_assets.manifest import Manifest, read_manifest, write_manifest
 from muse_assets.snapshots import gate
 from muse_assets.snapshots.cluster import SEED, Cluster, keep_queries, load_cluster
 from muse_assets.snapshots.data_quality import (
+    TELLING_ROWS,
     DuplicateGroup,
     confirm_duplicates,
     constant_dimensions,
@@ -71,8 +72,6 @@ from muse_assets.snapshots.sync import (
 # Rows read again from the table and encoded again: of the whole table, and of those that this build put in.
 _REREAD_ROWS, _REREAD_PUT_IN = 1_000, 500
 _COMPARED_QUERIES = 20
-# Fewer rows tell nothing of where rows like them lie.
-_TELLING_ROWS = 30
 _ROUNDING = 1e-5
 
 
@@ -170,7 +169,7 @@ class _Reread:
 
 
 def _mean(values: NDArray[Any]) -> float | None:
-    return float(values.mean(dtype=np.float64)) if len(values) >= _TELLING_ROWS else None
+    return float(values.mean(dtype=np.float64)) if len(values) >= TELLING_ROWS else None
 
 
 def build_snapshot(
@@ -409,7 +408,7 @@ def _check_embedding_model(build: _Build, filled: _Filled, reread: _Reread) -> C
     synced, queries = filled.synced, filled.synced.state.queries.vectors
     put_in = np.isin(reread.ids, np.concatenate([synced.added_ids, synced.recoded_ids]))
     foreign = of_table = shift = None
-    if len(queries) >= _TELLING_ROWS:
+    if len(queries) >= TELLING_ROWS:
         center = queries.mean(axis=0)
         foreign, of_table = (reread.foreign_share(rows, center) for rows in (put_in, reread.random))
         spread = float(queries.var(axis=0).sum())

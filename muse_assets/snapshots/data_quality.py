@@ -21,7 +21,8 @@ _TOLERANCE = 0.02
 # Of the mean variance of the dimensions. Of 512 dimensions the smallest had 47 % of it in real text, 5 % in
 # vectors of sines.
 _HARDLY = 1e-3
-_TELLING_ROWS = 30
+# Fewer rows tell nothing of where rows like them lie.
+TELLING_ROWS = 30
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -68,7 +69,7 @@ def norm_outliers(ids: Ids, vectors: Floats) -> NormOutliers:
 
 def constant_dimensions(vectors: Floats) -> ConstantDimensions:
     """Of vectors (n, d): the dimensions whose variance is next to nothing; all if the rows are one."""
-    if len(vectors) < _TELLING_ROWS:
+    if len(vectors) < TELLING_ROWS:
         return ConstantDimensions(np.empty(0, np.int64), None)
     variances = vectors.var(axis=0, dtype=np.float64)
     return ConstantDimensions(np.flatnonzero(variances <= _HARDLY * variances.mean()), len(vectors))

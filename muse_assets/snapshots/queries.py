@@ -9,16 +9,14 @@ recall of two days tells of the days, not of two samples.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import numpy as np
 from sqlalchemy import Engine
 
-from muse_assets import durable_files
 from muse_assets.catalog import IndexSpec
 from muse_assets.embeddings.sampling import Sample, sample_vectors
 from muse_assets.ivfpq.exact_neighbors import Queries
+from muse_assets.snapshots.array_files import read_arrays, write_arrays
 
 # The spread of recall@10 over queries is 0.25, so it is known to 2 points; its change from day to day far
 # closer, since the same queries are asked.
@@ -48,17 +46,13 @@ def queries_path(directory: Path, index: str, cluster_sha256: str) -> Path:
 
 def write_queries(path: Path, queries: Queries) -> None:
     """Write them durably."""
-    buffer = io.BytesIO()
-    np.savez(buffer, ids=queries.ids, vectors=queries.vectors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    durable_files.commit(durable_files.stage(path, lambda write: write(buffer.getvalue())))
+    write_arrays(path, {"ids": queries.ids, "vectors": queries.vectors})
 
 
 def read_queries(path: Path, dimension: int) -> Queries | None:
     """The queries, or None if they are missing or unreadable."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            queries = Queries(arrays["ids"], arrays["vectors"])
-    except Exception:  # zip and npy parsers meet damage with a dozen types; drawing anew answers them all
+    arrays = read_arrays(path, ("ids", "vectors"))
+    if arrays is None:
         return None
+    queries = Queries(arrays["ids"], arrays["vectors"])
     return queries if queries.vectors.shape == (len(queries.ids), dimension) else None

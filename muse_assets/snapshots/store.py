@@ -6,12 +6,12 @@ Here: finding, verifying and pruning dated snapshot files and their row facts. N
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from muse_assets.embeddings.digests import Digests, empty_digests
 from muse_assets.failures import Conflict
 from muse_assets.ivfpq.exact_neighbors import Neighbors, Queries, no_neighbors
 from muse_assets.manifest import Manifest, identify, manifest_path
+from muse_assets.snapshots.array_files import read_arrays, write_arrays
 
 # Files by any other name came from the legacy verbs' --output.
 _USUAL_NAME = re.compile(r"^muse_\w+_(\d{8}|cluster)\.index$")
@@ -108,28 +109,20 @@ def state_path(work: Path, index: str, sha256: str) -> Path:
 
 def write_state(work: Path, index: str, sha256: str, state: RowState) -> None:
     """Write the row facts durably."""
-    buffer = io.BytesIO()
     digests = {name: getattr(state.digests, name) for name in _ARRAYS[:5]}
     truth = (state.queries.ids, state.queries.vectors, *asdict(state.neighbors).values())
-    np.savez(
-        buffer,
-        rejected_idx=state.rejected_idx,
-        rejected_reason=state.rejected_reason,
-        **digests,
-        **dict(zip(_QUERIES, truth, strict=True)),
-    )
-    path = state_path(work, index, sha256)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    durable_files.commit(durable_files.stage(path, lambda write: write(buffer.getvalue())))
+    rejected: dict[str, NDArray[Any]] = {
+        "rejected_idx": state.rejected_idx,
+        "rejected_reason": state.rejected_reason,
+    }
+    named_truth = dict(zip(_QUERIES, truth, strict=True))
+    write_arrays(state_path(work, index, sha256), {**rejected, **digests, **named_truth})
 
 
 def read_state(work: Path, index: str, sha256: str) -> RowState | None:
     """The row facts of the file with that content hash, or None if they are missing or unreadable."""
-    try:
-        content = io.BytesIO(state_path(work, index, sha256).read_bytes())
-        with np.load(content, allow_pickle=False) as arrays:
-            columns = {name: arrays[name] for name in _ARRAYS + _QUERIES}
-    except Exception:  # zip and npy parsers meet damage with a dozen types; a full build answers them all
+    columns = read_arrays(state_path(work, index, sha256), _ARRAYS + _QUERIES)
+    if columns is None:
         return None
     digests = Digests(*(columns[name] for name in _ARRAYS[:5]))
     ids, vectors, *neighbors = (columns[name] for name in _QUERIES)
