@@ -38,7 +38,7 @@ from muse_assets.snapshots.building import Built
 from muse_assets.snapshots.cluster import load_cluster, train_cluster
 from muse_assets.snapshots.gate import DESCRIPTIONS, GateFailed
 from muse_assets.snapshots.store import prune, read_state, snapshots, state_path
-from muse_assets.snapshots.sync import read_table_state
+from muse_assets.snapshots.table_state import read_table_state
 from muse_assets_tests.embedding_rows import (
     NOON,
     clear,

@@ -59,15 +59,8 @@ from muse_assets.snapshots.store import (
     sweep,
     write_state,
 )
-from muse_assets.snapshots.sync import (
-    Synced,
-    TableState,
-    read_table_state,
-    require_forward,
-    require_plausible,
-    require_still_there,
-    synchronize,
-)
+from muse_assets.snapshots.sync import Synced, require_plausible, require_still_there, synchronize
+from muse_assets.snapshots.table_state import TableState, read_table_state, require_forward
 
 # Rows read again from the table and encoded again: of the whole table, and of those that this build put in.
 _REREAD_ROWS, _REREAD_PUT_IN = 1_000, 500

@@ -27,7 +27,7 @@ from muse_assets.ivfpq.files import read_index
 from muse_assets.sample.tables import encoded
 from muse_assets.snapshots.building import Built, build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
-from muse_assets.snapshots.sync import read_table_state
+from muse_assets.snapshots.table_state import read_table_state
 from muse_assets_tests.benchmarks.measuring import Facts, Row, begin, in_turn, measure
 from muse_assets_tests.benchmarks.tables import private_database, write_embeddings
 from muse_assets_tests.benchmarks.vectors import clustered
