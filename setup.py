@@ -25,6 +25,7 @@ setup(
         "plotille>=5",
         "pydantic-settings>=2.3",
         "tenacity>=8.2",
+        "threadpoolctl>=3.1",
         "tzdata",
     ],
     extras_require={

@@ -106,7 +106,7 @@ def test_a_code_depends_on_the_row_alone(dimension: int, m: int) -> None:
 
     order = random.permutation(len(vectors))
     np.testing.assert_array_equal(encode_all(index, vectors[order]), codes[order])
-    with encoder(index, workers=1) as (encode, _):
+    with encoder(index) as encode:
         for start, size in ((0, 1), (17, 1), (1000, 3), (5, 700), (1, BLOCK_ROWS), (1999, 1)):
             np.testing.assert_array_equal(
                 encode(np.ascontiguousarray(vectors[start : start + size])), codes[start : start + size]

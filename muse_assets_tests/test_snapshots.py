@@ -29,7 +29,7 @@ from muse_assets.embeddings.decoding import decode
 from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets
 from muse_assets.embeddings.reading import join_pages, rows_by_idx
 from muse_assets.failures import Conflict, MuseError, PassingFailure, PermanentFailure
-from muse_assets.ivfpq.encoding import fill
+from muse_assets.ivfpq.encoding import add_codes
 from muse_assets.ivfpq.files import read_index
 from muse_assets.ivfpq.quality import reencoded_wrongly
 from muse_assets.manifest import Manifest, identify, manifest_path, write_manifest
@@ -410,10 +410,10 @@ def test_a_failed_gate_leaves_the_day_as_it_was(lane: Lane) -> None:
 def test_a_row_that_never_reached_the_lists_fails_the_gate(
     sqlite_lane: Lane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def losing(index: Any, batches: Any, *rest: Any) -> int:
-        return fill(index, ((ids[:-1], vectors[:-1]) for ids, vectors in batches), *rest)
+    def losing(index: Any, ids: Any, codes: Any) -> None:
+        add_codes(index, ids[:-1], codes[:-1])
 
-    monkeypatch.setattr("muse_assets.snapshots.sync.fill", losing)
+    monkeypatch.setattr("muse_assets.snapshots.sync.add_codes", losing)
     with pytest.raises(GateFailed, match=rf"id_parity: 1 missing, 0 extra, 0 twice \(ids {ROWS - 1}\)"):
         build(sqlite_lane)
     assert not temps(sqlite_lane)
@@ -422,10 +422,10 @@ def test_a_row_that_never_reached_the_lists_fails_the_gate(
 def test_a_vector_under_another_rows_id_fails_the_gate(
     sqlite_lane: Lane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shifting(index: Any, batches: Any, *rest: Any) -> int:
-        return fill(index, ((np.roll(ids, 1), vectors) for ids, vectors in batches), *rest)
+    def shifting(index: Any, ids: Any, codes: Any) -> None:
+        add_codes(index, np.roll(ids, 1), codes)
 
-    monkeypatch.setattr("muse_assets.snapshots.sync.fill", shifting)
+    monkeypatch.setattr("muse_assets.snapshots.sync.add_codes", shifting)
     lenient = replace(sqlite_lane, spec=replace(sqlite_lane.spec, recall_gate=0))
     with pytest.raises(GateFailed, match=r"reencoding: ([\d,]+) of \1 sampled rows encode") as failed:
         build(lenient)
@@ -691,7 +691,7 @@ def test_a_database_that_keeps_dying_is_red_in_bounded_time(mariadb_lane: Lane) 
     assert time.monotonic() - start < 15
     assert not lane.file(1).exists()
     assert not temps(lane)
-    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
 
 # Retention

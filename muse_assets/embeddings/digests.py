@@ -14,6 +14,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,12 @@ class Digests:
         """(b, 5) int64: what two digests of one bucket have to agree in, and the bucket."""
         return np.stack([self.bucket, self.rows, self.idx_sum, self.whole, self.half], axis=1)
 
+    def part(self, start: int, stop: int) -> Digests:
+        """The buckets at places `start` to `stop`, as views."""
+        return Digests(
+            *(column[start:stop] for column in (self.bucket, self.rows, self.idx_sum, self.whole, self.half))
+        )
+
     def select(self, buckets: NDArray[np.int64]) -> Digests:
         """Only those of `buckets`."""
         return _from_columns(self.columns()[np.isin(self.bucket, buckets)])
@@ -83,7 +90,7 @@ def digest_rows(idx: NDArray[np.int64], payloads: Sequence[bytes | str | None]) 
     """The digests of rows as pulled, equal to what the database says of the same rows."""
     if not len(idx):
         return empty_digests()
-    crcs = np.array([_crcs(payload) for payload in payloads], np.uint64)
+    crcs = np.fromiter(chain.from_iterable(map(_crcs, payloads)), np.uint64, 2 * len(idx)).reshape(-1, 2)
     weight = ((idx & _IDX_MASK) + 1).astype(np.uint64)
     products = ((crcs * weight[:, None]) % np.uint64(_MODULUS)).astype(np.int64)
     by_row = np.stack([np.ones_like(idx), idx, products[:, 0], products[:, 1]], axis=1)

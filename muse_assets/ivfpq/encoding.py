@@ -20,6 +20,7 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 # A row's code must depend on the row alone, for an incremental index to equal a full one to the byte. In
 # a matrix product it does not quite: rounding depends on the row's place, which decides near-ties (of 2,000
@@ -52,15 +53,22 @@ def fused_dimensions() -> int:
     return max((size for name, size in _FUSED_DIMENSIONS.items() if level.startswith(name)), default=0)
 
 
-@contextlib.contextmanager
-def encoder(index: Any, workers: int | None = None) -> Iterator[tuple[Encode, ThreadPoolExecutor]]:
-    """A function (n <= BLOCK_ROWS, d) float32 -> (n, nlist bytes + code_size) uint8, and its thread pool."""
+def use_one_thread() -> None:
+    """Keep FAISS from starting threads of its own in the calling thread, which is one of many that encode."""
+    faiss.omp_set_num_threads(1)
 
+
+@contextlib.contextmanager
+def encoder(index: Any) -> Iterator[Encode]:
+    """A function (n, d) float32 -> (n, nlist bytes + code_size) uint8: stand-alone codes.
+
+    Any number of threads may call it at once, each after `use_one_thread`.
+    """
     assign = _assigner(index)
     encode_product = _product_encoder(index.pq)
     prefix = index.coarse_code_size()
 
-    def encode(vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def encode_block(vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
         rows = len(vectors)
         if rows < BLOCK_ROWS:
             padded = np.zeros((BLOCK_ROWS, index.d), np.float32)
@@ -72,12 +80,13 @@ def encoder(index: Any, workers: int | None = None) -> Iterator[tuple[Encode, Th
         numbers = lists.astype("<i8", copy=False).view(np.uint8).reshape(BLOCK_ROWS, 8)
         return np.concatenate([numbers[:rows, :prefix], product[:rows]], axis=1)
 
+    def encode(vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
+        nothing = np.empty((0, index.sa_code_size()), np.uint8)
+        return np.concatenate([nothing, *(encode_block(block) for block in _blocks(vectors))])
+
     with _settings.tuned():
         try:
-            with ThreadPoolExecutor(
-                workers or os.cpu_count() or 1, "encode", initializer=lambda: faiss.omp_set_num_threads(1)
-            ) as pool:
-                yield encode, pool
+            yield encode
         finally:
             index.pq.clear_transposed_centroids()
 
@@ -140,12 +149,16 @@ class _Settings:
     Below the threshold (rows x dimensions) a search does not come to the fused kernel. And after each of a
     block's 64 searches FAISS asks Python for signals, and so for the GIL: beside a thread that runs Python
     a row's product code took 39 us with that and 23 without. An interrupt waits for the block's end, 20 ms.
+
+    NumPy's BLAS starts threads whoever calls it, and they spin: beside two encoders the products of 300,000
+    rows with 128 queries took 5.6 CPU-s, on one thread 1.0.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
         self._before = (0, 0)
+        self._blas: threadpool_limits | None = None
 
     @contextlib.contextmanager
     def tuned(self) -> Iterator[None]:
@@ -160,6 +173,7 @@ class _Settings:
                 variables.distance_compute_blas_threshold = 1
                 variables.product_quantizer_compute_codes_bs = _CODES_BLOCK
                 faiss.InterruptCallback.clear_instance()
+                self._blas = threadpool_limits(1, user_api="blas")
             self._users += 1
         try:
             yield
@@ -167,6 +181,8 @@ class _Settings:
             with self._lock:
                 self._users -= 1
                 if not self._users:
+                    if self._blas:
+                        self._blas.restore_original_limits()
                     faiss.PythonInterruptCallback.reset()
                     (
                         variables.distance_compute_blas_threshold,
@@ -196,7 +212,7 @@ def why_not_continued(index: Any) -> list[str]:
 
 def encode_all(index: Any, vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Stand-alone codes (list number, then PQ code) of (n, d) float32 vectors, as `fill` stores them."""
-    with encoder(index) as (encode, pool):
+    with encoder(index) as encode, _threads() as pool:
         blocks = pool.map(encode, _blocks(vectors))
         return np.concatenate([np.empty((0, index.sa_code_size()), np.uint8), *blocks])
 
@@ -212,25 +228,33 @@ def fill(
     encoders, so memory holds the index, the batch and a few blocks.
     """
     added = 0
-    with encoder(index) as (encode, pool):
+    with encoder(index) as encode, _threads() as pool:
         pending: collections.deque[tuple[NDArray[np.int64], Future[NDArray[np.uint8]]]] = collections.deque()
 
         def take() -> None:
             nonlocal added
             ids, codes = pending.popleft()
-            index.add_sa_codes(codes.result(), ids)
+            add_codes(index, ids, codes.result())
             added += len(ids)
             on_rows(len(ids))
 
         for ids, vectors in batches:
             for start, block in enumerate(_blocks(vectors)):
-                block_ids = np.ascontiguousarray(ids[start * BLOCK_ROWS : start * BLOCK_ROWS + len(block)])
-                pending.append((block_ids, pool.submit(encode, block)))
+                pending.append((ids[start * BLOCK_ROWS :][: len(block)], pool.submit(encode, block)))
                 if len(pending) > 4 * (os.cpu_count() or 1):
                     take()
         while pending:
             take()
     return added
+
+
+def add_codes(index: Any, ids: NDArray[np.int64], codes: NDArray[np.uint8]) -> None:
+    """Put rows of ids (n,) into their lists by their stand-alone codes (n, w)."""
+    index.add_sa_codes(np.ascontiguousarray(codes), np.ascontiguousarray(ids))
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, "encode", initializer=use_one_thread)
 
 
 def split_codes(index: Any, codes: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:

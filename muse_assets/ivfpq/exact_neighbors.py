@@ -13,7 +13,7 @@ its horizon reaches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +74,7 @@ def lists_suffice(neighbors: Neighbors, k: int = 10) -> bool:
 
 
 def no_neighbors(queries: Queries) -> Neighbors:
-    """Of an empty table."""
+    """Of an empty table, or of one whose rows all lie beyond the horizon that is put into it."""
     shape = (len(queries.ids), LISTED)
     return Neighbors(
         np.full(shape, -1, np.int64),
@@ -96,6 +96,18 @@ class NearestRows:
         self._pending: list[tuple[Ids, Ids, Floats]] = []
         self._waiting = 0
 
+    @property
+    def horizon(self) -> Floats:
+        """Distances (q,) from which on a row need not be taken, as far as is known by now."""
+        return self._lists.horizon
+
+    def merge(self, others: Neighbors) -> None:
+        """Take in lists of other rows that were begun with this horizon, or an earlier one."""
+        horizon = np.minimum(self._lists.horizon, others.horizon)
+        self._lists = replace(self._lists, horizon=horizon)
+        query, place = np.nonzero(others.ids >= 0)
+        self._wait(query, others.ids[query, place], others.distances[query, place])
+
     def take(self, ids: Ids, vectors: Floats) -> None:
         """Compare rows of ids (n,), none of them listed, and vectors (n, d) with every query."""
         if not len(ids) or not len(self._queries.ids):
@@ -113,17 +125,21 @@ class NearestRows:
             slack = _PRODUCT_ERROR * (self._norms + norms.max())
             last = np.partition(closeness, -enough, axis=1)[:, -enough]
             near &= closeness >= (last - slack)[:, None]
-        near &= self._queries.ids[:, None] != ids
-        query, row = np.nonzero(near)
-        self._pending.append((query, ids[row], self._distances(query, row, vectors)))
-        self._waiting += len(query)
-        if self._waiting > LISTED * len(self._queries.ids):
-            self._settle()
+        query, row = np.divmod(np.flatnonzero(near), len(ids))
+        others = self._queries.ids[query] != ids[row]
+        query, row = query[others], row[others]
+        self._wait(query, ids[row], self._distances(query, row, vectors))
 
     def hand_over(self) -> Neighbors:
         """The lists with all that was taken."""
         self._settle()
         return self._lists
+
+    def _wait(self, query: Ids, ids: Ids, distances: Floats) -> None:
+        self._pending.append((query, ids, distances))
+        self._waiting += len(query)
+        if self._waiting > LISTED * len(self._queries.ids):
+            self._settle()
 
     def _distances(self, query: Ids, row: Ids, vectors: Floats) -> Floats:
         """Each pair's squared distance, in float64: the same whatever stands beside it."""

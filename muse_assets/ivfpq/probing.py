@@ -78,9 +78,11 @@ def measure_probes(
     # List -1, which an HNSW quantizer gives where it reaches fewer lists than asked for, has no codes.
     sizes = np.array([*(index.invlists.list_size(number) for number in range(index.nlist)), 0])
     found: list[Probe] = []
+    searched: _Searched | None = None
     for nprobe in probe_ladder(index.nlist, fixed):
         to_lists, lists = faiss.downcast_index(index.quantizer).search(queries.vectors, nprobe)
-        ids, distances = _search_others(index, queries, lists, to_lists, max(asked))
+        searched = _search(index, queries, lists, to_lists, max(asked) + 1, searched)
+        ids, distances = searched.others(queries)
         recall = {
             k: _recall(neighbors, tied, rows, np.minimum(known[rows], k), ids, distances)
             for k, rows in asked.items()
@@ -113,19 +115,52 @@ def choose_nprobe(curve: ProbeCurve, recall_gate: float, probe_share: float, fix
     return curve.probes[-1].nprobe
 
 
-def _search_others(
-    index: Any, queries: Queries, lists: Ids, to_lists: NDArray[np.float32], k: int
-) -> tuple[Ids, NDArray[np.float32]]:
-    """Ids (q, k) in `lists` (q, nprobe), -1 where there are fewer, and distances; own rows left out."""
+@dataclass(frozen=True)
+class _Searched:
+    """The nearest rows (q, k) in `lists` (q, nprobe) by what the index tells of them, nearest first; id -1
+    where there are fewer."""
+
+    lists: Ids
+    ids: Ids
+    distances: NDArray[np.float32]
+
+    def others(self, queries: Queries) -> tuple[Ids, NDArray[np.float32]]:
+        """Ids and distances (q, k - 1), each query's own row left out."""
+        own = self.ids == queries.ids[:, None]
+        own[~own.any(axis=1), -1] = True
+        shape = (len(own), own.shape[1] - 1)
+        return self.ids[~own].reshape(shape), self.distances[~own].reshape(shape)
+
+
+def _search(
+    index: Any,
+    queries: Queries,
+    lists: Ids,
+    to_lists: NDArray[np.float32],
+    k: int,
+    before: _Searched | None,
+) -> _Searched:
+    """Search in `lists` (q, nprobe), at these squared distances: in those `before` did not search yet."""
+    new = lists
+    if before is not None:
+        known = np.zeros((len(lists), index.nlist + 1), bool)  # list -1 is the last
+        np.put_along_axis(known, before.lists, True, axis=1)
+        again = np.take_along_axis(known, lists, axis=1)
+        if (again.sum(axis=1) == before.lists.shape[1]).all():
+            new = np.where(again, -1, lists)  # FAISS passes -1 over
+        else:  # an HNSW quantizer that is asked for more lists may find others
+            before = None
     stored, index.nprobe = index.nprobe, lists.shape[1]
     try:
-        distances, ids = index.search_preassigned(queries.vectors, k + 1, lists, to_lists)
+        distances, ids = index.search_preassigned(queries.vectors, k, new, to_lists)
     finally:
         index.nprobe = stored
-    own = ids == queries.ids[:, None]
-    own[~own.any(axis=1), -1] = True
-    shape = (len(ids), k)
-    return ids[~own].reshape(shape), distances[~own].reshape(shape)
+    if before is not None:
+        ids = np.concatenate([before.ids, ids], axis=1)
+        distances = np.concatenate([before.distances, distances], axis=1)
+        nearest = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        ids, distances = np.take_along_axis(ids, nearest, 1), np.take_along_axis(distances, nearest, 1)
+    return _Searched(lists, ids, distances)
 
 
 def _limits(neighbors: Neighbors, rows: Ids, counts: Ids) -> NDArray[np.float32]:

@@ -74,7 +74,7 @@ class Sound:
             assert lane.file(2).read_bytes() == self.expected, "short or mixed"
         assert lane.file(1).read_bytes() == self.expected, "the last good file changed"
         assert not temps(lane)
-        assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
         return failure
 
     def heals(self, ledger: Ledger) -> None:

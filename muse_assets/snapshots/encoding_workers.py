@@ -1,0 +1,95 @@
+"""Who encodes the parts of a table: any `concurrent.futures.Executor`; here, threads of this process.
+
+Here: handing parts out and taking them back, whoever does them. Not here: a part's work (`parts`), workers
+on other machines (`dask_workers`), or what becomes of the codes (`sync`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import Engine
+
+from muse_assets.catalog import IndexSpec
+from muse_assets.embeddings.digests import Digests
+from muse_assets.ivfpq.encoding import encoder, use_one_thread
+from muse_assets.ivfpq.exact_neighbors import NearestRows, Queries
+from muse_assets.snapshots.parts import PAGE_ROWS, EncodedPart, Part, encode_part, plan
+
+# PyMySQL reads under the GIL, 8 us a row, and an encoder takes 20 beside it: past a few there is nothing to
+# gain, and each holds a connection.
+_MOST_THREADS = 8
+_LOOK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class EncodingWorkers:
+    """Where parts are encoded.
+
+    executor, encode: `executor.submit(encode, part)` gives an EncodedPart. part_rows: rows a part. ahead: how
+    many parts to have under way. look_after: called now and then while nothing comes back; raises where
+    nothing will. where: for people.
+    """
+
+    executor: Executor
+    encode: Callable[[Part], EncodedPart]
+    part_rows: int
+    ahead: Callable[[], int]
+    look_after: Callable[[], None]
+    where: str
+
+
+# For an engine, an index with its trained cluster, the queries, and so many rows.
+Recruit = Callable[[Engine, IndexSpec, Any, Queries, int], AbstractContextManager[EncodingWorkers]]
+
+
+@contextlib.contextmanager
+def in_process(
+    engine: Engine, spec: IndexSpec, index: Any, queries: Queries, rows: int
+) -> Iterator[EncodingWorkers]:
+    """Threads of this process, a page each: one reads while the others encode."""
+    count = min(os.cpu_count() or 1, _MOST_THREADS)
+    with (
+        encoder(index) as encode,
+        ThreadPoolExecutor(count, "encode", initializer=use_one_thread) as threads,
+    ):
+        yield EncodingWorkers(
+            threads,
+            partial(encode_part, engine, spec, encode, queries),
+            PAGE_ROWS,
+            ahead=lambda: count + 1,
+            look_after=lambda: None,
+            where=f"{count} threads",
+        )
+
+
+def encode_parts(
+    workers: EncodingWorkers, digests: Digests, newest_idx: int, nearest: NearestRows
+) -> Iterator[EncodedPart]:
+    """The rows of the buckets in `digests`, part by part as they come back; `nearest` says what is near."""
+    parts = plan(digests, workers.part_rows)
+    under_way: set[Future[EncodedPart]] = set()
+    try:
+        while True:
+            free = workers.ahead() - len(under_way)
+            for part in islice(parts, max(free, 0)):
+                request = Part(part, newest_idx, nearest.horizon)
+                under_way.add(workers.executor.submit(workers.encode, request))
+            if not under_way:
+                return
+            done, under_way = wait(under_way, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            if not done:
+                workers.look_after()
+            for future in done:
+                yield future.result()
+    finally:
+        for future in under_way:
+            future.cancel()
