@@ -31,10 +31,14 @@ setup(
     extras_require={
         # The Dagster instance of an installation (deploy/). Its 0.29.x belongs to dagster 1.13.x.
         "mysql": ["dagster-mysql>=0.29.20,<0.30"],
+        # Full builds on many machines; bokeh is the scheduler's dashboard.
+        "dask": ["distributed>=2025.1", "bokeh>=3.1"],
         "dev": [
             "dagster-dg-cli>=1.13.20,<1.14",
             "dagster-mysql>=0.29.20,<0.30",
+            "distributed>=2025.1",
             "hypothesis>=6.100",
+            "kubernetes-validate>=1.35",
             "mypy>=1.11",
             "pytest>=8.2",
             "pytest-xdist>=3.6",

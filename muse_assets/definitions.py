@@ -15,7 +15,7 @@ from muse_assets.assets.index_lane import build_lane
 from muse_assets.assets.playlist_cache import build_playlist_assets
 from muse_assets.assets.server_reload import build_server_reload
 from muse_assets.automation import build_deploy_sensor, build_jobs, build_retrain_sensor, build_schedule
-from muse_assets.resources import Database, ProgressLog, RedisServer, ServerDirectory, WorkDirectory
+from muse_assets.resources import Database, Encoding, ProgressLog, RedisServer, ServerDirectory, WorkDirectory
 from muse_assets.settings import Settings
 
 
@@ -69,6 +69,7 @@ def build_resources(settings: Settings) -> dict[str, Any]:
             reload=_from_environment("MUSE_RELOAD", settings.reload),
             reload_health=_from_environment("MUSE_RELOAD_HEALTH", settings.reload_health),
         ),
+        "encoding": Encoding(dask_scheduler=settings.dask_scheduler or ""),
         "progress": ProgressLog(),
     }
 

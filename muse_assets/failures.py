@@ -4,6 +4,11 @@ Here: exception types that carry what an operator needs. Not here: catching them
 turns them into red runs (`assets/failing.py`), the command line into one sentence.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
 
 class MuseError(Exception):
     """A failure in words an operator can act on.
@@ -16,6 +21,10 @@ class MuseError(Exception):
         super().__init__(f"{what} Next: {next_step}")
         self.what = what
         self.next_step = next_step
+
+    def __reduce__(self) -> tuple[Callable[..., MuseError], tuple[str]]:
+        # Raised on another machine: an exception is made anew from its positional arguments alone.
+        return partial(type(self), next_step=self.next_step), (self.what,)
 
 
 class PermanentFailure(MuseError):

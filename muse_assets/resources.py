@@ -1,4 +1,4 @@
-"""The five outside systems as Dagster resources, one each.
+"""The outside systems as Dagster resources, one each.
 
 Here: configuration in Dagster's words. Not here: how the systems are reached (`connections/`) or which
 environment variable names them (`settings.py`).
@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 from muse_assets.connections.databases import engine_for
 from muse_assets.connections.redis_server import opened
 from muse_assets.failures import PermanentFailure
+from muse_assets.snapshots.encoding_workers import Recruit, in_process
 from muse_assets.snapshots.progress import Progress
 
 
@@ -44,6 +45,26 @@ class RedisServer(dg.ConfigurableResource[Any]):
         """A connected client; the embedded server runs at least as long as it is used."""
         with opened(self.url, Path(self.embedded_directory)) as client:
             yield client
+
+
+class Encoding(dg.ConfigurableResource[Any]):
+    """Who encodes an index's rows: this process, or a Dask cluster where there are many."""
+
+    dask_scheduler: str = ""
+
+    @property
+    def recruit(self) -> Recruit:
+        """For `build_snapshot`; PermanentFailure where Dask is not installed."""
+        if not self.dask_scheduler:
+            return in_process
+        try:
+            from muse_assets.snapshots.dask_workers import on_dask  # noqa: PLC0415 - the extra `dask`
+        except ImportError as error:
+            raise PermanentFailure(
+                f"MUSE_DASK_SCHEDULER is set, and Dask cannot be imported ({error}).",
+                next_step="install the extra: pip install 'muse_assets[dask]'.",
+            ) from error
+        return on_dask(self.dask_scheduler)
 
 
 class WorkDirectory(dg.ConfigurableResource[Any]):

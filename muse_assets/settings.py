@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     reload_health: str | None = Field(
         None, repr=False, description="Command or http(s) URL (GET) that must then succeed"
     )
+    dask_scheduler: str | None = Field(
+        None,
+        pattern=r"^(tcp|tls)://[^\s/@]+:\d+$",
+        description="Dask scheduler (tcp:// or tls://host:port) whose workers encode large builds",
+    )
     alert_url: SecretStr | None = Field(None, description="Webhook (http or https) that red runs are told to")
     ui_url: str | None = Field(None, description="Where people reach the Dagster UI: alerts link to it")
     automation: Literal["running", "stopped"] = Field(

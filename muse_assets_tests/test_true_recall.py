@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -269,3 +270,27 @@ def test_a_table_whose_neighbors_all_went_is_read_in_full(lane: Lane) -> None:
     second = build(lane, 2, confirm_shrink=True)
     assert second.manifest.mode == "full"
     assert second.path.read_bytes() == full_bytes(lane, 2)
+
+
+@given(histories(), st.integers(1, 7))
+@settings(max_examples=30, deadline=None)
+def test_lists_made_apart_and_merged_are_those_made_at_once(
+    history: tuple[int, list[tuple[list[int], list[int]]]], apart: int
+) -> None:
+    """As parts of a table are compared by several workers, each with a horizon of some moment."""
+    seed, days = history
+    vectors = np.repeat(unit_vectors(200, seed=seed), 4, axis=0)
+    queries = Queries(np.arange(0, 800, 100), vectors[::100])
+    for _, came in days:
+        ids = np.array(came, np.int64)
+        merged = NearestRows(queries, no_neighbors(queries))
+        horizon = merged.horizon
+        for part in np.array_split(ids, apart):
+            worker = NearestRows(queries, replace(no_neighbors(queries), horizon=horizon))
+            worker.take(part, vectors[part])
+            horizon = merged.horizon  # of before its own rows: a worker begins while others are at work
+            merged.merge(worker.hand_over())
+        at_once, lists = listed(queries, ids, vectors[ids]), merged.hand_over()
+        np.testing.assert_array_equal(lists.ids, at_once.ids)
+        np.testing.assert_array_equal(lists.distances, at_once.distances)
+        np.testing.assert_array_equal(lists.horizon, at_once.horizon)

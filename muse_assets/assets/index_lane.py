@@ -30,7 +30,7 @@ from muse_assets.publishing.backups import backups
 from muse_assets.publishing.deploying import Deployment, deploy, rollback
 from muse_assets.publishing.live import live_file
 from muse_assets.publishing.pinning import read_pin
-from muse_assets.resources import Database, ProgressLog, ServerDirectory, WorkDirectory
+from muse_assets.resources import Database, Encoding, ProgressLog, ServerDirectory, WorkDirectory
 from muse_assets.seoul_time import DEADLINE, SEOUL, seoul_today
 from muse_assets.snapshots.building import build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
@@ -192,6 +192,7 @@ def _index(spec: IndexSpec, catalog: Catalog, layout: Layout) -> dg.AssetsDefini
         playlist_database: Database,
         work_directory: WorkDirectory,
         server_directory: ServerDirectory,
+        encoding: Encoding,
         progress: dg.ResourceParam[ProgressLog],
     ) -> Iterator[Any]:
         day = context.partition_key
@@ -205,6 +206,7 @@ def _index(spec: IndexSpec, catalog: Catalog, layout: Layout) -> dg.AssetsDefini
                     full=config.full,
                     confirm_shrink=config.confirm_shrink,
                     on_progress=progress.reporter(context),
+                    recruit=encoding.recruit,
                 )
             except GateFailed as failed:
                 for check in failed.checks:

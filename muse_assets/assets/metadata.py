@@ -78,6 +78,8 @@ def index_metadata(built: Built, preview: NeighborPreview) -> dict[str, Any]:
         "codes_scanned": round(facts.codes_scanned, 1),
         "imbalance": facts.imbalance,
         "seconds": round(built.seconds, 2),
+        **({"encoded_on": built.encoded_on} if built.encoded_on else {}),
+        **({"dask_dashboard": dg.MetadataValue.url(built.dashboard)} if built.dashboard else {}),
         **{f"drift_{name}": value for name, value in facts.drift.items()},
         RETRAIN_ADVISED: not facts.checks.get(DRIFT, {}).get("passed", True),
         "size_mb": round(facts.size / 1e6, 3),

@@ -1,7 +1,7 @@
 """Index files as the search server reads them, and back.
 
-Here: writing an index through a callback, reading one whose bytes are known, the facts in its header.
-Not here: which directory, which name, hashes (`durable_files`, `manifest`).
+Here: writing an index through a callback, reading one whose bytes are known, the facts in its header,
+the trained part of one as bytes. Not here: which directory, which name, hashes (`durable_files`, `manifest`).
 
 The server drops playlist ids that are not below `ntotal`, so the file's `ntotal` field is written as
 largest id + 1 (IVF search never looks at it) and set back to the true count on load.
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
+from numpy.typing import NDArray
 
 from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import list_ids, list_sizes
@@ -91,6 +93,26 @@ def read_index(path: Path, *, precompute: bool = False) -> Any:
         index.use_precomputed_table = 0
         index.precompute_table()
     return index
+
+
+def trained_bytes(index: Any) -> bytes:
+    """The trained cluster of an index alone, empty, for another process; `from_trained_bytes` reads it."""
+    lists, owned, rows = index.invlists, index.own_invlists, index.ntotal
+    empty = faiss.ArrayInvertedLists(index.nlist, index.code_size)
+    index.own_invlists = False
+    index.replace_invlists(empty, False)
+    index.ntotal = 0
+    try:
+        serialized: NDArray[np.uint8] = faiss.serialize_index(index)
+        return serialized.tobytes()
+    finally:
+        index.replace_invlists(lists, owned)
+        index.ntotal = rows
+
+
+def from_trained_bytes(serialized: bytes) -> Any:
+    """The empty index that `trained_bytes` was given."""
+    return faiss.deserialize_index(np.frombuffer(serialized, np.uint8))
 
 
 def discard_lists(index: Any) -> None:

@@ -46,6 +46,7 @@ from muse_assets.snapshots.data_quality import (
     norm_outliers,
 )
 from muse_assets.snapshots.drift import Drift, measure_drift, widest_recall
+from muse_assets.snapshots.encoding_workers import Recruit, in_process
 from muse_assets.snapshots.gate import Check, GateFailed
 from muse_assets.snapshots.progress import Progress, silent
 from muse_assets.snapshots.queries import draw_queries
@@ -74,6 +75,7 @@ class Built:
 
     rejected_examples: reason -> up to five idx. table_rows: valid and rejected. seconds: of this build.
     duplicates: the largest groups of rows that share a code; of an unchanged table they are not read again.
+    encoded_on: who encoded the rows, empty where none had to be; dashboard: their web page, if they have one.
     previous: the newest snapshot up to that day as the build found it; None for the first.
     """
 
@@ -85,6 +87,8 @@ class Built:
     table_columns: dict[str, str]
     seconds: float
     duplicates: tuple[DuplicateGroup, ...] = ()
+    encoded_on: str = ""
+    dashboard: str | None = None
     previous: Snapshot | None = None
 
 
@@ -97,6 +101,7 @@ class _Build:
     work: Path
     day: date
     on_progress: Progress
+    recruit: Recruit
     started: float
 
     @property
@@ -175,15 +180,17 @@ def build_snapshot(
     confirm_shrink: bool = False,
     full: bool = False,
     on_progress: Progress = silent,
+    recruit: Recruit = in_process,
 ) -> Built:
     """Build and validate `muse_<index>_<YYYYMMDD>.index` for a Seoul day in the work directory.
 
     Builds on the newest verified snapshot of that day or an earlier one with the same trained cluster,
     encoder and source; else, or with `full`, from the empty cluster. `confirm_shrink` accepts a mass
-    disappearance or exchange of rows. Raises GateFailed (with every check) when the result is not good,
-    another MuseError when it could not be made; then the day's previous file, if any, is untouched.
+    disappearance or exchange of rows. `recruit` says who encodes. Raises GateFailed (with every check) when
+    the result is not good, another MuseError when it could not be made; then the day's previous file, if any,
+    is untouched.
     """
-    build = _Build(engine, spec, work, day, on_progress, time.monotonic())
+    build = _Build(engine, spec, work, day, on_progress, recruit, time.monotonic())
     unharmed = f"no snapshot of {day} was written"
     with (
         durable_files.explained(f"Index {spec.name}", work, unharmed),
@@ -232,7 +239,7 @@ def _fill(
             queries = draw_queries(build.engine, build.spec, seed=SEED)
             keep_queries(cluster, build.spec, queries)
         index, before = cluster.index, no_rows(queries)
-    synced = synchronize(build.engine, build.spec, index, before, table, build.on_progress)
+    synced = synchronize(build.engine, build.spec, index, before, table, build.on_progress, build.recruit)
     return _Filled(index, previous, synced.replaced, cluster, parent, table, synced)
 
 
@@ -332,7 +339,12 @@ def _finish(build: _Build, filled: _Filled) -> Built:
         durable_files.discard(staged)
         raise
     durable_files.commit(staged)
-    return replace(_built(build, manifest, checks, synced.state, filled.table), duplicates=groups)
+    return replace(
+        _built(build, manifest, checks, synced.state, filled.table),
+        duplicates=groups,
+        encoded_on=synced.encoded_on,
+        dashboard=synced.dashboard,
+    )
 
 
 def _built(

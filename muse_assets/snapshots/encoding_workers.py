@@ -36,7 +36,7 @@ class EncodingWorkers:
 
     executor, encode: `executor.submit(encode, part)` gives an EncodedPart. part_rows: rows a part. ahead: how
     many parts to have under way. look_after: called now and then while nothing comes back; raises where
-    nothing will. where: for people.
+    nothing will. where: for people; dashboard: where they can watch it, if anywhere.
     """
 
     executor: Executor
@@ -45,6 +45,7 @@ class EncodingWorkers:
     ahead: Callable[[], int]
     look_after: Callable[[], None]
     where: str
+    dashboard: str | None = None
 
 
 # For an engine, an index with its trained cluster, the queries, and so many rows.

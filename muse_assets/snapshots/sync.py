@@ -31,7 +31,7 @@ class Synced:
     """The outcome: rows the index now stands for, the valid ids, and what changed.
 
     expected_ids (n,) int64 ascending; added_ids (a,), recoded_ids (r,) int64: those of them that are
-    new, and that encode otherwise than before.
+    new, and that encode otherwise than before. encoded_on, dashboard: of those who did it.
     """
 
     state: RowState
@@ -39,6 +39,8 @@ class Synced:
     added_ids: NDArray[np.int64]
     recoded_ids: NDArray[np.int64]
     removed: int
+    encoded_on: str = ""
+    dashboard: str | None = None
 
     @property
     def added(self) -> int:
@@ -91,7 +93,8 @@ def synchronize(
     rejected, reasons = [before.rejected_idx[stays]], [before.rejected_reason[stays]]
     done = 0
     with recruit(engine, spec, index, before.queries, wanted.total_rows) as workers:
-        on_progress(f"encoding on {workers.where}", 0, 0)
+        watch = f", to be watched at {workers.dashboard}" if workers.dashboard else ""
+        on_progress(f"encoding on {workers.where}{watch}", 0, 0)
         for part in encode_parts(workers, wanted, table.newest_idx, nearest):
             add_codes(index, part.ids, part.codes)
             nearest.merge(part.neighbors)
@@ -119,6 +122,8 @@ def synchronize(
         added_ids=np.setdiff1d(now_valid, again, assume_unique=True),
         recoded_ids=_recoded(index, old, again),
         removed=len(old.ids) - len(again),
+        encoded_on=workers.where,
+        dashboard=workers.dashboard,
     )
 
 
