@@ -150,11 +150,13 @@ def _search(
             new = np.where(again, -1, lists)  # FAISS passes -1 over
         else:  # an HNSW quantizer that is asked for more lists may find others
             before = None
-    stored, index.nprobe = index.nprobe, lists.shape[1]
+    stored = index.nprobe, index.parallel_mode
+    # By queries: this call leaves that to its caller, unlike `search`, and would run on one core.
+    index.nprobe, index.parallel_mode = lists.shape[1], 3
     try:
         distances, ids = index.search_preassigned(queries.vectors, k, new, to_lists)
     finally:
-        index.nprobe = stored
+        index.nprobe, index.parallel_mode = stored
     if before is not None:
         ids = np.concatenate([before.ids, ids], axis=1)
         distances = np.concatenate([before.distances, distances], axis=1)
