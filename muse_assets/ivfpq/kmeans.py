@@ -20,6 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 CANDIDATES = 16
+# Of those, how many the steps of one stage look at: the nearest when it begins. With all of them three sets
+# took 7.8, 7.5 and 7.8 CPU-s, so 7.6, 6.9 and 6.6; the error of unseen rows +0.15, +0.03 and -0.08 %.
+_LOOKED_AT = 8
 # A step goes half as far again as the means: at the same cost the error of unseen rows was 0.1 % (text, no
 # clusters) to 0.8 % (clusters of unequal size) lower than with plain means.
 _STRIDE = 1.5
@@ -51,34 +54,44 @@ def refine(rows: Floats, before: Clustered, *, steps: int, tolerance: float) -> 
     """Move the centroids of `before` to the means of their nearest `rows` (n, d), in at most `steps` steps.
 
     It ends when a step lowers the mean squared distance by less than `tolerance` of itself. `before` may
-    have been found on the first of these rows: those keep their candidates. Memory: the rows and 200 bytes
+    have been found on the first of these rows: those keep their candidates. Memory: the rows and 400 bytes
     each.
     """
     centroids = before.centroids
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         _, found = faiss.knn(rows[len(before.near) :], centroids, before.near.shape[1])
         near = np.concatenate([before.near, found])
-        nearest, smallest = _nearest_candidate(rows, near, centroids)
+        distances = _distances(rows, near, centroids)
+        nearest, smallest = _nearest(near, distances)
+        looked_at = min(_LOOKED_AT, near.shape[1])
+        near = np.take_along_axis(near, np.argpartition(distances, looked_at - 1, axis=1), 1)
+        nearer = np.ascontiguousarray(near[:, :looked_at])
         errors = [_mean(smallest)]
         for _ in range(steps):
-            centroids = _moved(rows, nearest, near, centroids, pool)
-            nearest, smallest = _nearest_candidate(rows, near, centroids)
+            centroids = _moved(rows, nearest, nearer, centroids, pool)
+            nearest, smallest = _nearest(nearer, _distances(rows, nearer, centroids))
             errors.append(_mean(smallest))
             if errors[-2] - errors[-1] <= tolerance * errors[-2]:
                 break
         # The last step goes to the means themselves: half as far again is too far when all is still.
-        centroids = _moved(rows, nearest, near, centroids, pool, stride=1)
-        nearest, smallest = _nearest_candidate(rows, near, centroids)
+        centroids = _moved(rows, nearest, nearer, centroids, pool, stride=1)
+        nearest, smallest = _nearest(nearer, _distances(rows, nearer, centroids))
         errors.append(_mean(smallest))
+        near[:, :looked_at] = nearer  # with the centroids that split others
     return Clustered(centroids, nearest, near, tuple(errors[1:]))
 
 
-def _nearest_candidate(rows: Floats, near: Numbers, centroids: Floats) -> tuple[Numbers, Floats]:
-    """The nearest of each row's candidates (n,) and its squared distance (n,)."""
+def _distances(rows: Floats, near: Numbers, centroids: Floats) -> Floats:
+    """Squared distances of each row to its candidates, (n, c)."""
     distances = np.empty(near.shape, np.float32)
     faiss.fvec_L2sqr_by_idx(
         *(faiss.swig_ptr(array) for array in (distances, rows, centroids, near)), rows.shape[1], *near.shape
     )
+    return distances
+
+
+def _nearest(near: Numbers, distances: Floats) -> tuple[Numbers, Floats]:
+    """The nearest of each row's candidates (n,) and its squared distance (n,)."""
     best = distances.argmin(axis=1)[:, None]
     return np.take_along_axis(near, best, 1)[:, 0], np.take_along_axis(distances, best, 1)[:, 0]
 
