@@ -50,6 +50,14 @@ def read_contents(index: Any, only: NDArray[np.int64] | None = None) -> Contents
     return Contents(ids[order], numbers[order], np.concatenate(codes)[order])
 
 
+def decoded_vectors(index: Any, lists: NDArray[np.int64], codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the index takes rows of these lists (n,) and codes (n, code_size) for, (n, d) float32."""
+    vectors: NDArray[np.float32] = index.pq.decode(np.ascontiguousarray(codes))
+    if index.by_residual:
+        vectors += faiss.downcast_index(index.quantizer).reconstruct_batch(lists)
+    return vectors
+
+
 def remove_ids(index: Any, ids: NDArray[np.int64]) -> int:
     """Remove every copy of `ids` (n,) int64; return how many entries went.
 

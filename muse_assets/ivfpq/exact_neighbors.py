@@ -68,6 +68,15 @@ class Neighbors:
         )
 
 
+def as_near_as(distances: Floats) -> Floats:
+    """Up to where a row counts as being as near as one at these squared distances: rounding left aside.
+
+    So that of identical vectors (every song of an artist) any is right.
+    """
+    limits: Floats = distances * np.float32(1 + 1e-4) + np.float32(1e-6)
+    return limits
+
+
 def lists_suffice(neighbors: Neighbors, k: int = 10) -> bool:
     """Whether each query's k nearest rows are still known; else only reading the whole table helps."""
     return bool((np.isinf(neighbors.horizon) | (neighbors.known() >= k)).all())

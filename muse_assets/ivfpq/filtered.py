@@ -18,7 +18,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from muse_assets.ivfpq.contents import list_ids, list_sizes, read_contents
+from muse_assets.ivfpq.contents import decoded_vectors, list_ids, list_sizes, read_contents
+from muse_assets.ivfpq.exact_neighbors import as_near_as
 
 # Vectors reconstructed at a time: 16 MB of 512 floats.
 _BLOCK_ROWS = 8192
@@ -105,7 +106,7 @@ def recall_of_rows(
     farthest = faiss.knn(queries, vectors, k)[0][:, -1]
     rows = np.clip(np.searchsorted(ids, found.ids), 0, len(ids) - 1)
     distances = np.square(vectors[rows] - queries[:, None, :]).sum(axis=2)
-    return _share_within((ids[rows] == found.ids) & (distances <= _bound(farthest)), k)
+    return _share_within((ids[rows] == found.ids) & (distances <= as_near_as(farthest[:, None])), k)
 
 
 def recall_of_codes(found: Found, index: Any, ids: NDArray[np.int64], queries: NDArray[np.float32]) -> float:
@@ -116,21 +117,12 @@ def recall_of_codes(found: Found, index: Any, ids: NDArray[np.int64], queries: N
     contents = read_contents(index, only=ids)
     k = min(found.ids.shape[1], len(contents.ids))
     nearest = np.empty((len(queries), 0), np.float32)
-    centroids = faiss.downcast_index(index.quantizer).reconstruct_n(0, index.nlist)
     for start in range(0, len(contents.ids), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
-        vectors = index.pq.decode(np.ascontiguousarray(contents.codes[block]))
-        if index.by_residual:
-            vectors += centroids[contents.lists[block]]
+        vectors = decoded_vectors(index, contents.lists[block], contents.codes[block])
         distances, _ = faiss.knn(queries, vectors, min(k, len(vectors)))
         nearest = np.sort(np.hstack([nearest, distances]), axis=1)[:, :k]
-    return _share_within((found.ids >= 0) & (found.distances <= _bound(nearest[:, -1])), k)
-
-
-def _bound(farthest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Squared distances (q,) of the k-th neighbors as limits (q, 1), with room for rounding."""
-    limits: NDArray[np.float32] = (farthest * (1 + 1e-4) + 1e-6)[:, None]
-    return limits
+    return _share_within((found.ids >= 0) & (found.distances <= as_near_as(nearest[:, -1:])), k)
 
 
 def _share_within(good: NDArray[np.bool_], k: int) -> float:

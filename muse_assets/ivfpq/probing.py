@@ -13,17 +13,14 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from muse_assets.ivfpq.contents import read_contents
-from muse_assets.ivfpq.exact_neighbors import Ids, Neighbors, Queries
+from muse_assets.ivfpq.contents import decoded_vectors, read_contents
+from muse_assets.ivfpq.exact_neighbors import Ids, Neighbors, Queries, as_near_as
 
 # recall@10 decides; the others are told.
 K = 10
 KS = (1, 10, 100)
 # The ladder ends where twice the lists find less than this share more.
 _SETTLED = 0.005
-# Rows as near as the exact k-th neighbor count, identical vectors (every song of an artist) included.
-_AS_NEAR = 1e-4
-_NOTHING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -167,8 +164,7 @@ def _search(
 
 def _limits(neighbors: Neighbors, rows: Ids, counts: Ids) -> NDArray[np.float32]:
     """The distance up to which a row counts among the `counts` (r,) nearest of queries `rows` (r,)."""
-    kth = neighbors.distances[rows, counts - 1]
-    return kth * np.float32(1 + _AS_NEAR) + np.float32(_NOTHING)
+    return as_near_as(neighbors.distances[rows, counts - 1])
 
 
 def _recall(
@@ -186,7 +182,7 @@ def _recall(
     listed = np.where(neighbors.distances[rows] <= limits, neighbors.ids[rows], -2)
     right = (ids[:, :, None] == listed[:, None, :]).any(axis=2)
     beyond = neighbors.distances[rows, -1:] <= limits
-    right |= beyond & (ids >= 0) & (np.abs(distances - tied) <= _AS_NEAR * tied + _NOTHING)
+    right |= beyond & (ids >= 0) & (np.abs(distances - tied) <= as_near_as(tied) - tied)
     return float(((right & considered).sum(axis=1) / counts).mean())
 
 
@@ -202,9 +198,6 @@ def _tied_distances(index: Any, queries: Queries, neighbors: Neighbors) -> NDArr
     present = np.isin(last, held.ids)
     full, last = full[present], last[present]
     at = np.searchsorted(held.ids, last)
-    decoded = index.pq.decode(held.codes[at])
-    if index.by_residual:
-        centroids = faiss.downcast_index(index.quantizer).reconstruct_batch(held.lists[at])
-        decoded = decoded + centroids
+    decoded = decoded_vectors(index, held.lists[at], held.codes[at])
     tied[full] = np.square(queries.vectors[full] - decoded).sum(axis=1)
     return tied

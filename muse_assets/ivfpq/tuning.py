@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from muse_assets.failures import PermanentFailure
 from muse_assets.ivfpq.contents import list_sizes
 from muse_assets.ivfpq.encoding import fill
+from muse_assets.ivfpq.exact_neighbors import as_near_as
 from muse_assets.ivfpq.probing import probe_ladder
 from muse_assets.ivfpq.training import HNSW_FROM_NLIST, choose_nlist, train, training_rows
 
@@ -190,8 +191,7 @@ class Tuner:
     def _farthest(self) -> Floats:
         """Up to which squared distance a row counts as one of a query's nearest (q, 1); room for rounding."""
         distances, _ = faiss.knn(self.sample.queries, self.sample.rows, K)
-        limits: Floats = distances[:, -1:] * (1 + 1e-4) + 1e-6
-        return limits
+        return as_near_as(distances[:, -1:])
 
     def measure(self, shape: Shape) -> tuple[Operating, ...]:
         """Train, fill and search one shape; by nprobe, until more lists find hardly more."""
