@@ -23,7 +23,10 @@ from muse_assets_tests.servers import find_binary, fresh_schema, private_mariadb
 
 _MISSING = "SERVICE MISSING:"
 # Files whose tests last longest, longest first: begun last, they would leave the other worker idle.
-_LONGEST = ("test_soak", "test_sensor", "test_kills", "test_deployment", "test_cli", "test_concurrency")
+_LONGEST = (
+    *("test_soak", "test_sensor", "test_kills", "test_deployment", "test_several_hosts", "test_cli"),
+    "test_concurrency",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

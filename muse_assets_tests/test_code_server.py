@@ -21,11 +21,14 @@ import faiss
 import numpy as np
 import pytest
 from dagster import DagsterRunStatus
+from dagster._core.launcher import WorkerStatus
+from dagster._core.test_utils import create_run_for_test
 
 from muse_assets.assets.run_processes import PROCESS_TAG
 from muse_assets.automation import REBUILD
 from muse_assets.catalog import CATALOG
 from muse_assets.code_server.forking import RunContext, warm_context
+from muse_assets.code_server.launching import WatchingRunLauncher
 from muse_assets.seoul_time import seoul_today
 from muse_assets_tests.installations import environment_of
 from muse_assets_tests.ui.dagster_host import LOCATION, DagsterHost, dagster_host
@@ -186,6 +189,14 @@ def test_runs_are_forks_that_can_be_terminated_and_fail_with_the_warm_process(ho
         third = launch(host, "artist")
         assert parent_of(at_work(instance, third)) != warm_process
         host.graphql(TERMINATE, run=third)  # the server would wait for it to end
+
+
+def test_run_monitoring_leaves_a_command_s_own_run_alone(tmp_path: Path) -> None:
+    launcher = {"module": WatchingRunLauncher.__module__, "class": WatchingRunLauncher.__name__}
+    with dg.instance_for_test({"run_launcher": launcher}, temp_dir=str(tmp_path)) as instance:
+        run = create_run_for_test(instance, "daily", status=DagsterRunStatus.STARTED)
+        assert instance.run_launcher.supports_check_run_worker_health
+        assert instance.run_launcher.check_run_worker_health(run).status is WorkerStatus.RUNNING
 
 
 def launch(host: DagsterHost, index: str) -> str:
