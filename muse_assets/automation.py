@@ -479,6 +479,11 @@ def _refused(instance: dg.DagsterInstance, run_id: str) -> bool:
     return any(failure is not None and _value(failure.metadata, PASSING) is False for failure in failures)
 
 
+def index_config(spec: IndexSpec, **options: Any) -> dict[str, Any]:
+    """Run config of the index asset."""
+    return {"ops": {index_key(spec).to_python_identifier(): {"config": options}}}
+
+
 def deploy_config(spec: IndexSpec, **options: Any) -> dict[str, Any]:
     """Run config of the deployed asset."""
     return {"ops": {deployed_key(spec).to_python_identifier(): {"config": options}}}

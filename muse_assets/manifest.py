@@ -26,7 +26,8 @@ class Manifest:
     centroids and the codebook. gate: the limits that were kept. rejected: reason -> rows. queries: how many
     recall is of. probes: by nprobe, recall@k and codes scanned. list_sizes: codes per inverted list. checks:
     the gate's outcomes, name -> facts. trained_recall: recall@10 of the first file with this cluster, at its
-    widest search. drift: ratios to the facts of training (`snapshots.drift`).
+    widest search. drift: ratios to the facts of training (`snapshots.drift`). verified_from: the day (ISO) by
+    which, or later, every bucket of the table was digested; empty in facts of before there was a rotation.
     """
 
     index: str
@@ -54,6 +55,7 @@ class Manifest:
     removed: int
     reembedded: int
     gate: str = ""
+    verified_from: str = ""
     rejected: dict[str, int] = field(default_factory=dict)
     queries: int = 0
     recall_at_1: float = 0.0

@@ -55,7 +55,9 @@ class IndexConfig(dg.Config):  # type: ignore[misc, unused-ignore]
     full: bool = False
     """Start from the empty cluster instead of the newest snapshot."""
     confirm_shrink: bool = False
-    """Accept that more rows vanished, or were replaced, than the catalog allows."""
+    """Accept that more rows vanished, or were replaced, than the catalog allows; digests the whole table."""
+    verify_all: bool = False
+    """Digest the whole table today, whatever `verify_days` says."""
 
 
 class DeployConfig(dg.Config):  # type: ignore[misc, unused-ignore]
@@ -205,6 +207,7 @@ def _index(spec: IndexSpec, catalog: Catalog, layout: Layout) -> dg.AssetsDefini
                     date.fromisoformat(day),
                     full=config.full,
                     confirm_shrink=config.confirm_shrink,
+                    verify_all=config.verify_all,
                     on_progress=progress.reporter(context),
                     recruit=encoding.recruit,
                 )

@@ -91,6 +91,7 @@ def index_metadata(built: Built, preview: NeighborPreview) -> dict[str, Any]:
         "nprobe": facts.nprobe,
         "nlist": facts.nlist,
         "newest_idx": facts.newest_idx,
+        "verified_from": facts.verified_from or "unknown",
         "ntotal_field": facts.ntotal_field,
         "sha256": facts.sha256,
         "cluster": facts.cluster,

@@ -28,7 +28,8 @@ _WHICH = click.option(
 @click.command(short_help="The whole daily job now: build, deploy, cache playlists.")
 @_WHICH
 @click.option("--rebuild", is_flag=True, help="Train and build in full, even where a cluster exists.")
-def run(names: tuple[str, ...], rebuild: bool) -> None:
+@click.option("--verify-all", is_flag=True, help="Digest whole tables, whatever verify_days says.")
+def run(names: tuple[str, ...], rebuild: bool, verify_all: bool) -> None:
     """The whole daily job now: build today's indexes, deploy, reload, cache the playlists.
 
     An index without a trained cluster is trained first. With no settings at all, the sample catalog is
@@ -50,7 +51,9 @@ def run(names: tuple[str, ...], rebuild: bool) -> None:
         with open_instance(settings) as instance:
             defs = build_defs(settings, progress=_reporting(report))
             outcomes = {
-                spec.name: _build_and_deploy(settings, defs, instance, spec, rebuild=rebuild)
+                spec.name: _build_and_deploy(
+                    settings, defs, instance, spec, rebuild=rebuild, verify_all=verify_all
+                )
                 for spec in specs
             }
             after = _after_deploys(settings, defs, instance, catalog, report)
@@ -184,10 +187,16 @@ def _deploy(name: str, **options: Any) -> None:
 
 
 def _build_and_deploy(
-    settings: Settings, defs: dg.Definitions, instance: dg.DagsterInstance, spec: IndexSpec, *, rebuild: bool
+    settings: Settings,
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    spec: IndexSpec,
+    *,
+    rebuild: bool,
+    verify_all: bool,
 ) -> Outcome:
     from muse_assets.assets.index_lane import cluster_key, deployed_key, index_key
-    from muse_assets.automation import DAILY, DEPLOY, REBUILD
+    from muse_assets.automation import DAILY, DEPLOY, REBUILD, index_config
     from muse_assets.cli.launching import Outcome, launch
     from muse_assets.publishing.pinning import read_pin
     from muse_assets.seoul_time import seoul_today
@@ -198,7 +207,14 @@ def _build_and_deploy(
     if rebuild or not (settings.work_directory() / spec.cluster_file).exists():
         keys = [cluster_key(spec), index_key(spec), *([] if pinned else [deployed_key(spec)])]
         return launch(defs, instance, REBUILD, keys, partition=today)
-    built = launch(defs, instance, DAILY, [index_key(spec)], partition=today)
+    built = launch(
+        defs,
+        instance,
+        DAILY,
+        [index_key(spec)],
+        partition=today,
+        run_config=index_config(spec, verify_all=verify_all),
+    )
     if pinned or not built.success:
         return built
     live = launch(defs, instance, DEPLOY, [deployed_key(spec)])

@@ -61,7 +61,13 @@ from muse_assets.snapshots.store import (
     write_state,
 )
 from muse_assets.snapshots.sync import Synced, require_plausible, require_still_there, synchronize
-from muse_assets.snapshots.table_state import TableState, read_table_state, require_forward
+from muse_assets.snapshots.table_state import (
+    Since,
+    TableState,
+    read_table_state,
+    require_forward,
+    require_vouched_for,
+)
 
 # Rows read again from the table and encoded again: of the whole table, and of those that this build put in.
 _REREAD_ROWS, _REREAD_PUT_IN = 1_000, 500
@@ -179,6 +185,7 @@ def build_snapshot(
     cluster_path: Path | None = None,
     confirm_shrink: bool = False,
     full: bool = False,
+    verify_all: bool = False,
     on_progress: Progress = silent,
     recruit: Recruit = in_process,
 ) -> Built:
@@ -186,9 +193,10 @@ def build_snapshot(
 
     Builds on the newest verified snapshot of that day or an earlier one with the same trained cluster,
     encoder and source; else, or with `full`, from the empty cluster. `confirm_shrink` accepts a mass
-    disappearance or exchange of rows. `recruit` says who encodes. Raises GateFailed (with every check) when
-    the result is not good, another MuseError when it could not be made; then the day's previous file, if any,
-    is untouched.
+    disappearance or exchange of rows. The whole table is digested by a build without a parent, with either
+    of those and with `verify_all`; else what `spec.verify_days` makes due. `recruit` says who encodes. Raises
+    GateFailed (with every check) when the result is not good, another MuseError when it could not be made;
+    then the day's previous file, if any, is untouched.
     """
     build = _Build(engine, spec, work, day, on_progress, recruit, time.monotonic())
     unharmed = f"no snapshot of {day} was written"
@@ -198,22 +206,28 @@ def build_snapshot(
     ):
         cluster = load_cluster(cluster_path or work / spec.cluster_file, spec)
         sweep(work, spec)
-        on_progress("digesting the table", 0, 0)
-        midnight = datetime.combine(day + timedelta(days=1), datetime.min.time())
-        table = read_table_state(engine, spec, midnight)
         found = snapshots(work, spec, until=day)
         previous = next(found, None)
+        earlier = chain([previous] if previous else [], found)
+        parent = None if full else _find_parent(build, cluster, earlier)
+        on_progress("digesting the table", 0, 0)
+        midnight = datetime.combine(day + timedelta(days=1), datetime.min.time())
+        since = None
+        if parent and spec.verify_days > 1 and not (verify_all or confirm_shrink):
+            since = Since(parent.state.digests, parent.state.verified, day)
+        table = read_table_state(engine, spec, midnight, since)
         if previous and previous.manifest.source.split(".")[0] == spec.table:
             newest = previous.manifest.newest_idx
             require_forward(engine, spec, table, newest, confirm_shrink=confirm_shrink)
-        earlier = chain([previous] if previous else [], found)
-        parent = None if full else _find_parent(build, cluster, earlier)
+        require_vouched_for(engine, spec, table)
         same_rows = parent and not len(changed_buckets(parent.state.digests, table.digests))
         if parent and same_rows and parent.snapshot.manifest.gate == gate_of(spec):
             built = _unchanged(build, parent, table)
         else:
             filled = _fill(build, cluster, parent, table, previous)
             if parent and not lists_suffice(filled.synced.state.neighbors):
+                # In a gap that was not asked for there may be rows: no full build without them.
+                table = read_table_state(engine, spec, midnight) if since else table
                 anew = _fill(build, load_cluster(cluster.path, spec), None, table, previous)
                 filled = replace(anew, replaced=filled.replaced)
             if confirm_shrink:  # the table was emptied or restored on purpose
@@ -240,6 +254,8 @@ def _fill(
             keep_queries(cluster, build.spec, queries)
         index, before = cluster.index, no_rows(queries)
     synced = synchronize(build.engine, build.spec, index, before, table, build.on_progress, build.recruit)
+    state = replace(synced.state, verified=table.verified(build.day))
+    synced = replace(synced, state=state)
     return _Filled(index, previous, synced.replaced, cluster, parent, table, synced)
 
 
@@ -275,6 +291,9 @@ def _find_parent(build: _Build, cluster: Cluster, earlier: Iterable[Snapshot]) -
 def _unchanged(build: _Build, parent: _Parent, table: TableState) -> Built:
     """The table equals the parent: the day gets a hard link and keeps the parent's measurements."""
     before = parent.snapshot.manifest
+    state = replace(parent.state, verified=table.verified(build.day))
+    if build.spec.verify_days > 1:  # else nobody reads the days, and an unchanged day costs no file
+        write_state(build.work, build.spec.name, before.sha256, state)
     manifest = replace(
         before,
         partition=max(before.partition, build.day.isoformat()),
@@ -284,6 +303,7 @@ def _unchanged(build: _Build, parent: _Parent, table: TableState) -> Built:
         added=0,
         removed=0,
         reembedded=0,
+        verified_from=_verified_from(state),
     )
     write_manifest(build.work, manifest)
     if parent.snapshot.path != build.target:
@@ -294,7 +314,7 @@ def _unchanged(build: _Build, parent: _Parent, table: TableState) -> Built:
         )
         for name, facts in before.checks.items()
     )
-    return _built(build, manifest, checks, parent.state, table)
+    return _built(build, manifest, checks, state, table)
 
 
 def _finish(build: _Build, filled: _Filled) -> Built:
@@ -353,7 +373,12 @@ def _built(
     return Built(
         path=build.target,
         manifest=manifest,
-        checks=checks,
+        checks=tuple(
+            gate.with_verification(check, build.day.isoformat(), manifest.verified_from)
+            if check.name == gate.ID_PARITY
+            else check
+            for check in checks
+        ),
         rejected_examples=_rejected_examples(state),
         table_rows=state.digests.total_rows,
         table_columns=table.columns,
@@ -520,6 +545,7 @@ def _manifest(
         encoder=encoder_name(),
         source=source_of(spec),
         gate=gate_of(spec),
+        verified_from=_verified_from(synced.state),
         newest_idx=filled.table.newest_idx,
         mode="incremental" if filled.parent else "full",
         parent=filled.parent.snapshot.manifest.sha256 if filled.parent else None,
@@ -558,6 +584,11 @@ def recall_facts(curve: ProbeCurve, nprobe: int) -> dict[str, Any]:
             for probe in curve.probes
         ],
     }
+
+
+def _verified_from(state: RowState) -> str:
+    oldest = state.verified.oldest
+    return oldest.isoformat() if oldest else ""
 
 
 def _numbers(facts: dict[str, Any]) -> dict[str, Any]:

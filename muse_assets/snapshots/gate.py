@@ -301,5 +301,16 @@ def carried(check: Check, since: str) -> Check:
     return Check(check.name, check.passed, f"{check.summary} Unchanged since {since}.", check.facts)
 
 
+def with_verification(check: Check, day: str, verified_from: str) -> Check:
+    """The check of the ids, saying as of when the table's rows are known; both days ISO."""
+    since = f"; the oldest part verified {verified_from}" if verified_from < day else ""
+    return Check(
+        check.name,
+        check.passed,
+        f"{check.summary} As of {day}{since}.",
+        {**check.facts, "verified_from": verified_from},
+    )
+
+
 def _few(ids: NDArray[np.int64]) -> str:
     return ", ".join(str(value) for value in ids[:5])

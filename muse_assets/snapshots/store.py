@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from muse_assets.failures import Conflict
 from muse_assets.ivfpq.exact_neighbors import Neighbors, Queries, no_neighbors
 from muse_assets.manifest import Manifest, identify, manifest_path
 from muse_assets.snapshots.array_files import read_arrays, write_arrays
+from muse_assets.snapshots.rotation import Verified, never
 
 # Files by any other name came from the legacy verbs' --output.
 _USUAL_NAME = re.compile(r"^muse_\w+_(\d{8}|cluster)\.index$")
 _OF_CLUSTERS = ".cluster."
 _ARRAYS = ("bucket", "rows", "idx_sum", "whole", "half", "rejected_idx", "rejected_reason")
 _QUERIES = ("query_ids", "query_vectors", "neighbor_ids", "neighbor_distances", "horizon")
+_VERIFIED = ("verified_bucket", "verified_day")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class RowState:
     """The table rows a snapshot stands for: bucket digests, the rows that could not be indexed, and which
     of the others are nearest to the queries.
 
-    rejected_idx (r,) int64 ascending; rejected_reason (r,) uint8 of `Reason`.
+    rejected_idx (r,) int64 ascending; rejected_reason (r,) uint8 of `Reason`. verified: when
+    the database was last asked for each bucket's digest.
     """
 
     digests: Digests
@@ -45,6 +48,7 @@ class RowState:
     rejected_reason: NDArray[np.uint8]
     queries: Queries
     neighbors: Neighbors
+    verified: Verified = field(default_factory=never)
 
     def rejected_counts(self) -> dict[str, int]:
         """Reason -> rows."""
@@ -116,14 +120,20 @@ def write_state(work: Path, index: str, sha256: str, state: RowState) -> None:
         "rejected_reason": state.rejected_reason,
     }
     named_truth = dict(zip(_QUERIES, truth, strict=True))
-    write_arrays(state_path(work, index, sha256), {**rejected, **digests, **named_truth})
+    verified = dict(zip(_VERIFIED, (state.verified.bucket, state.verified.day), strict=True))
+    write_arrays(state_path(work, index, sha256), {**rejected, **digests, **named_truth, **verified})
 
 
 def read_state(work: Path, index: str, sha256: str) -> RowState | None:
-    """The row facts of the file with that content hash, or None if they are missing or unreadable."""
-    columns = read_arrays(state_path(work, index, sha256), _ARRAYS + _QUERIES)
+    """The row facts of the file with that content hash, or None if they are missing or unreadable.
+
+    Facts of an older version, without days, count as never verified: the next build digests everything.
+    """
+    path, needed = state_path(work, index, sha256), _ARRAYS + _QUERIES
+    columns = read_arrays(path, needed + _VERIFIED) or read_arrays(path, needed)
     if columns is None:
         return None
+    verified = Verified(*(columns[name] for name in _VERIFIED)) if _VERIFIED[0] in columns else never()
     digests = Digests(*(columns[name] for name in _ARRAYS[:5]))
     ids, vectors, *neighbors = (columns[name] for name in _QUERIES)
     return RowState(
@@ -132,6 +142,7 @@ def read_state(work: Path, index: str, sha256: str) -> RowState | None:
         columns["rejected_reason"],
         Queries(ids, vectors),
         Neighbors(*neighbors),
+        verified,
     )
 
 
