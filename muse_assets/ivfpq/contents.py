@@ -37,17 +37,25 @@ def list_ids(index: Any) -> NDArray[np.int64]:
 
 def read_contents(index: Any, only: NDArray[np.int64] | None = None) -> Contents:
     """Copy ids, lists and codes out of the index, by ascending id; `only` restricts to those ids."""
-    every = list_ids(index)
-    wanted = np.ones(len(every), bool) if only is None else np.isin(every, only)
-    sizes = list_sizes(index)
-    numbers = np.repeat(np.arange(index.nlist), sizes)[wanted]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    wanted = None if only is None else np.sort(only)
+    ids, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     codes = [np.empty((0, index.code_size), np.uint8)]
-    for number in np.unique(numbers):
-        codes.append(_codes_view(index, int(number))[wanted[starts[number] : starts[number + 1]]])
-    ids = every[wanted]
-    order = np.argsort(ids, kind="stable")
-    return Contents(ids[order], numbers[order], np.concatenate(codes)[order])
+    # List by list: over all ids at once, finding the wanted ones took 36 bytes a row of the index.
+    for number in range(index.nlist if wanted is None or len(wanted) else 0):
+        of_list = _ids_view(index, number)
+        rows = np.arange(len(of_list)) if wanted is None else _found_in(wanted, of_list)
+        ids.append(of_list[rows])
+        numbers.append(np.full(len(rows), number))
+        codes.append(_codes_view(index, number)[rows])
+    found = np.concatenate(ids)
+    order = np.argsort(found, kind="stable")
+    return Contents(found[order], np.concatenate(numbers)[order], np.concatenate(codes)[order])
+
+
+def _found_in(wanted: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of those `ids` (n,) that are among `wanted` (w,) ascending, w > 0."""
+    at = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
+    return np.flatnonzero(wanted[at] == ids)
 
 
 def decoded_vectors(index: Any, lists: NDArray[np.int64], codes: NDArray[np.uint8]) -> NDArray[np.float32]:

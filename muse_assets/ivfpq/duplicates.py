@@ -44,14 +44,18 @@ def find_duplicates(index: Any, *, groups: int = 5, ids: int = 4) -> Duplicates:
     keys, members = _keys(index)
     order = np.argsort(keys)
     ordered = keys[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(keys) else order
-    sizes = np.diff(np.append(starts, len(keys)))
-    shared = np.flatnonzero(sizes > 1)
+    del keys
+    repeats = np.zeros(
+        len(ordered) + 2, bool
+    )  # whether a row has the key of the one before; none at the ends
+    np.equal(ordered[1:], ordered[:-1], out=repeats[1 : len(ordered)])
+    starts = np.flatnonzero(~repeats[:-1] & repeats[1:])
+    sizes = np.flatnonzero(repeats[:-1] & ~repeats[1:]) + 1 - starts
     # By size, then by key: the same index names the same groups.
-    largest = shared[np.argsort(-sizes[shared], kind="stable")[:groups]]
+    largest = np.argsort(-sizes, kind="stable")[:groups]
     return Duplicates(
-        rows=len(keys),
-        repeated=len(keys) - len(sizes),
+        rows=len(ordered),
+        repeated=int(repeats.sum()),
         groups=tuple(
             Group(int(size), tuple(np.sort(members[order[start : start + size]])[:ids].tolist()))
             for start, size in zip(starts[largest], sizes[largest], strict=True)

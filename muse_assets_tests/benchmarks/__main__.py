@@ -1,4 +1,4 @@
-"""`python -m muse_assets_tests.benchmarks [NAME ...]`: run benchmarks and print one table."""
+"""`python -m muse_assets_tests.benchmarks [NAME ...]`: run benchmarks, print ratios and how costs grow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 import muse_assets_tests.benchmarks as here
-from muse_assets_tests.benchmarks.measuring import Row, print_table
+from muse_assets_tests.benchmarks.measuring import Row, Series, exponent, print_series, print_table
 
 _PREFIX = "bench_"
 NAMES = sorted(
@@ -27,14 +27,23 @@ def bench(names: tuple[str, ...], scale: float) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)
     progress = Console(stderr=True)
 
-    def measured() -> Iterator[Row]:
+    def measured() -> Iterator[Row | Series]:
         for name in names or NAMES:
-            for row in importlib.import_module(f"{here.__name__}.{_PREFIX}{name}").rows(scale):
-                progress.print(f"{name}: {row.what}: {row.ratio:.2f}x {row.note}")
-                yield row
+            for found in importlib.import_module(f"{here.__name__}.{_PREFIX}{name}").rows(scale):
+                progress.print(f"{name}: {found.what}: {_told(found)}")
+                yield found
 
-    if not print_table(measured(), console) and scale == 1.0:
+    every = list(measured())
+    ratios = print_table((one for one in every if isinstance(one, Row)), console)
+    growth = print_series((one for one in every if isinstance(one, Series)), console)
+    if not (ratios and growth) and scale == 1.0:
         sys.exit(1)
+
+
+def _told(found: Row | Series) -> str:
+    if isinstance(found, Row):
+        return f"{found.ratio:.2f}x {found.note}"
+    return f"grows with {found.grows} to the {exponent(found.sizes, found.values(found.metrics[0])):.2f}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
@@ -24,14 +23,17 @@ from muse_assets.catalog import CATALOG
 from muse_assets.connections.databases import engine_for
 from muse_assets.ivfpq.contents import read_contents
 from muse_assets.ivfpq.files import read_index
-from muse_assets.sample.tables import encoded
 from muse_assets.snapshots.building import Built, build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
 from muse_assets.snapshots.table_state import read_table_state
 from muse_assets_tests.benchmarks.measuring import Facts, Row, begin, in_turn, measure
-from muse_assets_tests.benchmarks.tables import private_database, write_embeddings
+from muse_assets_tests.benchmarks.tables import (
+    delete_embeddings,
+    private_database,
+    reembed,
+    write_embeddings,
+)
 from muse_assets_tests.benchmarks.vectors import clustered
-from muse_assets_tests.servers import execute
 
 SPEC = replace(CATALOG.index("vibe"), recall_gate=0.4)
 _ROWS, _NEW, _DELETED, _REEMBEDDED = 1_000_000, 5_000, 500, 500
@@ -65,8 +67,8 @@ def rows(scale: float) -> Iterator[Row]:
 
         write_embeddings(url, SPEC, [vectors[total:]], first_idx=total + 1, created_at=_noon(_SECOND))
         changed = np.random.default_rng(1).permutation(total)[: _share(scale, _DELETED + _REEMBEDDED)] + 1
-        delete(url, changed[: _share(scale, _DELETED)])
-        reembed(url, changed[_share(scale, _DELETED) :])
+        delete_embeddings(url, SPEC, changed[: _share(scale, _DELETED)])
+        reembed(url, SPEC, changed[_share(scale, _DELETED) :])
         added, synced = in_turn(
             _REPEATS, (add_legacy, (url, legacy)), (build_day, (url, work, Path(folder) / "day"))
         )
@@ -160,21 +162,6 @@ def write_legacy_index(work: Path, path: Path) -> None:
             index.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
     index.ntotal = len(held.ids)
     faiss.write_index(index, str(path))
-
-
-def delete(url: str, idx: Any) -> None:
-    """Delete the rows with these idx."""
-    execute(url, f"DELETE FROM {SPEC.table} WHERE idx IN ({', '.join(map(str, idx))})")
-
-
-def reembed(url: str, idx: Any) -> None:
-    """Give the rows with these idx other vectors."""
-    payloads = encoded(SPEC, clustered(len(idx), SPEC.dimension, seed=9))
-    update = text(f"UPDATE {SPEC.table} SET {SPEC.embedding_column} = :payload WHERE idx = :idx")
-    with create_engine(url, poolclass=NullPool).begin() as connection:
-        connection.execute(
-            update, [{"payload": p, "idx": int(i)} for p, i in zip(payloads, idx, strict=True)]
-        )
 
 
 def _facts(built: Built) -> dict[str, float | str]:

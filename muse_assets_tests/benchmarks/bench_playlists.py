@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from sqlalchemy import Engine, insert
+from numpy.typing import NDArray
+from sqlalchemy import Connection, Engine, Table, insert
 
 from muse_assets.catalog import CATALOG
 from muse_assets.connections.databases import engine_for
@@ -36,9 +37,9 @@ def rows(scale: float) -> Iterator[Row]:
     """A refresh of every program, against both."""
     songs, asked = int(_SONGS * scale), int(_ASKED_SINGLY * scale)
     with private_database(1024) as url, tempfile.TemporaryDirectory() as folder:
-        _write_tables(url, int(_ROWS * scale), songs)
+        write_tables(url, int(_ROWS * scale), songs)
         with private_redis(Path(folder)) as redis_url:
-            ours, bare = in_turn(3, (_refresh, (url, redis_url)), (_bare_queries, (url,)))
+            ours, bare = in_turn(3, (refresh, (url, redis_url)), (_bare_queries, (url,)))
             one_by_one = measure(_one_query_a_song, url, redis_url, asked)
         share = songs / asked * len(CATALOG.programs)
         naive = Cost(one_by_one.wall * share, one_by_one.cpu * share, one_by_one.peak)
@@ -51,11 +52,23 @@ def rows(scale: float) -> Iterator[Row]:
         yield Row(what, "the bare queries", ours, bare, reach=1.5, faster=False, note=note)
 
 
-def _write_tables(url: str, rows: int, songs: int) -> None:
+def write_tables(url: str, rows: int, songs: int) -> None:
+    """Seven tables of `rows` rows, and six programs of `songs` songs each."""
+    append_rows(url, 1, rows)
+    tables = program_tables(CATALOG.programs)
+    random = np.random.default_rng(1)
+    with engine_for(url).begin() as connection:
+        for table in tables.songs.values():
+            picked = random.choice(rows // _ROWS_A_SONG, songs, replace=False)
+            write_program(connection, table, picked)
+
+
+def append_rows(url: str, first: int, last: int) -> None:
+    """Rows of idx `first` to `last` in each of the seven tables, which are made where they are missing."""
     engine = engine_for(url)
     for spec in CATALOG.indexes:
         target = embedding_table(spec)
-        target.table.create(engine)
+        target.table.create(engine, checkfirst=True)
         song = f"(seq - 1) DIV {_ROWS_A_SONG if target.content.part_column else 1}"
         values = {
             "idx": "seq",
@@ -66,21 +79,25 @@ def _write_tables(url: str, rows: int, songs: int) -> None:
         }
         columns = [column.name for column in target.table.columns]
         chosen = ", ".join(values.get(name, "seq MOD 100") for name in columns)
-        execute(url, f"INSERT INTO {spec.table} ({', '.join(columns)}) SELECT {chosen} FROM seq_1_to_{rows}")
-    tables = program_tables(CATALOG.programs)
-    random = np.random.default_rng(1)
-    with engine.begin() as connection:
-        for table in tables.songs.values():
-            table.create(connection)
-            picked = random.choice(rows // _ROWS_A_SONG, songs, replace=False)
-            keys = (divmod(int(song), _TRACKS_A_DISC) for song in picked)
-            connection.execute(
-                insert(table),
-                [{"disc_id": f"{disc + 1:07d}", "track_no": f"{track + 1:02d}"} for disc, track in keys],
-            )
+        execute(
+            url,
+            f"INSERT INTO {spec.table} ({', '.join(columns)}) SELECT {chosen} FROM seq_{first}_to_{last}",
+        )
 
 
-def _refresh(url: str, redis_url: str) -> Facts:
+def write_program(connection: Connection, table: Table, songs: NDArray[np.int64]) -> None:
+    """The program's table anew, of songs (n,) by their number: twelve a disc."""
+    table.drop(connection, checkfirst=True)
+    table.create(connection)
+    keys = (divmod(int(song), _TRACKS_A_DISC) for song in songs)
+    connection.execute(
+        insert(table),
+        [{"disc_id": f"{disc + 1:07d}", "track_no": f"{track + 1:02d}"} for disc, track in keys],
+    )
+
+
+def refresh(url: str, redis_url: str) -> Facts:
+    """Every program's keys."""
     engine, client = engine_for(url), connect(redis_url)
     _connect(engine)
     begin()
@@ -88,7 +105,7 @@ def _refresh(url: str, redis_url: str) -> Facts:
         refresh_program(engine, engine, client, CATALOG, program, "song_tables")
         for program in CATALOG.programs
     ]
-    return {"ids": sum(sum(refresh.counts.values()) for refresh in done)}
+    return {"ids": sum(sum(one.counts.values()) for one in done)}
 
 
 def _bare_queries(url: str) -> Facts:

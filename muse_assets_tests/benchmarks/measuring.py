@@ -1,6 +1,6 @@
-"""Measuring one piece of work in a process of its own, and the table of ratios.
+"""Measuring one piece of work in a process of its own, the table of ratios and those of growth.
 
-Here: costs, rows and printing. Not here: what is measured (`bench_*.py`), or on what (`vectors.py`,
+Here: costs, rows, series and printing. Not here: what is measured (`bench_*.py`), or on what (`vectors.py`,
 `tables.py`).
 """
 
@@ -10,11 +10,13 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -73,6 +75,50 @@ class Row:
         return self.ratio >= self.reach if self.faster else self.ratio <= self.reach
 
 
+@dataclass(frozen=True)
+class Series:
+    """One line of a table of growth: what a piece of work costs as something grows.
+
+    grows: what the `sizes` count, ascending; costs: one for each. expected: how the cost should grow, in
+    words. at_most: the largest exponent of the first of `metrics` that is as expected, None where it is only
+    stated. per: for so many more the growth along a line is told.
+    """
+
+    what: str
+    grows: str
+    sizes: tuple[int, ...]
+    costs: tuple[Cost, ...]
+    expected: str
+    at_most: float | None = None
+    metrics: tuple[Metric, ...] = ("wall", "cpu")
+    per: int = 1_000_000
+
+    def values(self, metric: Metric) -> list[float]:
+        """Of each size."""
+        return [float(getattr(cost, metric)) for cost in self.costs]
+
+    @property
+    def reached(self) -> bool:
+        """Whether the cost grows no faster than expected."""
+        return self.at_most is None or exponent(self.sizes, self.values(self.metrics[0])) <= self.at_most
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """b of values = a * sizes^b, by least squares of the logarithms; values not above 0 count as 0.1 ms."""
+    return float(np.polyfit(np.log(sizes), np.log(np.maximum(values, 1e-4)), 1)[0])
+
+
+def line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """a and b of values = a + b * sizes, by least squares."""
+    slope, fixed = np.polyfit(np.asarray(sizes, float), values, 1)
+    return float(fixed), float(slope)
+
+
+def less(cost: Cost, part: Cost) -> Cost:
+    """The rest of `cost` where `part` of its time is taken off."""
+    return replace(cost, wall=cost.wall - part.wall, cpu=cost.cpu - part.cpu)
+
+
 def measure(work: Callable[..., Facts | None], *arguments: Any) -> Cost:
     """Run `work(*arguments)` in a fresh process and say what it cost.
 
@@ -125,8 +171,32 @@ def print_table(rows: Iterable[Row], console: Console) -> bool:
         table.add_row(row.what, row.baseline_name, wall, cpu, peak, ratio, reach, mark)
         if row.note:
             table.add_row(f"  [dim]{row.note}[/dim]")
-    console.print("ours / baseline", table, sep="\n")
+    if every:
+        console.print("ours / baseline", table, sep="\n")
     return all(row.reached for row in every)
+
+
+def print_series(series: Iterable[Series], console: Console) -> bool:
+    """Print a table for each run of series over the same sizes; whether none grows faster than expected."""
+    every = list(series)
+    for (grows, sizes, metrics), group in groupby(every, key=lambda one: (one.grows, one.sizes, one.metrics)):
+        units = " / ".join("MB" if metric == "peak" else f"{metric} s" for metric in metrics)
+        heads = (*(f"{size:,}" for size in sizes), "exponent", "line", "expected", "")
+        table = Table("what", *heads, title=f"{units} by {grows}", title_justify="left")
+        for one in group:
+            columns = [one.values(metric) for metric in metrics]
+            cells = [" / ".join(map(_figure, values)) for values in zip(*columns, strict=True)]
+            exponents = " / ".join(f"{exponent(sizes, values):.2f}" for values in columns)
+            fixed, slope = line(sizes, columns[0])
+            grown = f"{_figure(fixed)} + {_figure(slope * one.per)} per {one.per:,}"
+            mark = "" if one.at_most is None else "ok" if one.reached else "MISSED"
+            table.add_row(one.what, *cells, exponents, grown, one.expected, mark)
+        console.print(table)
+    return all(one.reached for one in every)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def _median(costs: list[Cost]) -> Cost:

@@ -1,6 +1,7 @@
 """Embedding tables of full size on a private MariaDB, written as fast as the server takes them.
 
-Here: the server, its memory, rows in bulk. Not here: the vectors (`vectors.py`), or what is measured.
+Here: the server, its memory, rows in bulk, and rows that change. Not here: the vectors (`vectors.py`), or
+what is measured.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from muse_assets.catalog import IndexSpec
 from muse_assets.sample.tables import embedding_table, encoded
-from muse_assets_tests.servers import private_mariadb
+from muse_assets_tests.benchmarks.vectors import clustered
+from muse_assets_tests.servers import execute, private_mariadb
 
 _CHUNK_ROWS = 16_384
 _ROWS_A_SONG = 4
@@ -90,6 +92,21 @@ def write_embeddings(
             loading = pool.submit(load, path)
         loading.result()
     return next_idx - first_idx
+
+
+def delete_embeddings(url: str, spec: IndexSpec, idx: NDArray[np.int64]) -> None:
+    """Delete the rows with these idx."""
+    execute(url, f"DELETE FROM {spec.table} WHERE idx IN ({', '.join(map(str, idx))})")
+
+
+def reembed(url: str, spec: IndexSpec, idx: NDArray[np.int64], seed: int = 9) -> None:
+    """Give the rows with these idx other vectors."""
+    payloads = encoded(spec, clustered(len(idx), spec.dimension, seed=seed))
+    update = text(f"UPDATE {spec.table} SET {spec.embedding_column} = :payload WHERE idx = :idx")
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        connection.execute(
+            update, [{"payload": p, "idx": int(i)} for p, i in zip(payloads, idx, strict=True)]
+        )
 
 
 def _chunks(blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
