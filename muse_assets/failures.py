@@ -7,7 +7,7 @@ turns them into red runs (`assets/failing.py`), the command line into one senten
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 
 class MuseError(Exception):
@@ -22,9 +22,15 @@ class MuseError(Exception):
         self.what = what
         self.next_step = next_step
 
-    def __reduce__(self) -> tuple[Callable[..., MuseError], tuple[str]]:
-        # Raised on another machine: an exception is made anew from its positional arguments alone.
-        return partial(type(self), next_step=self.next_step), (self.what,)
+    def __reduce__(self) -> tuple[Callable[..., MuseError], tuple[Any, ...]]:
+        # Raised on another machine: by itself an exception is made anew from `args`, by its constructor.
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(kind: type[MuseError], args: tuple[Any, ...], facts: dict[str, Any]) -> MuseError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
 
 
 class PermanentFailure(MuseError):

@@ -209,12 +209,31 @@ def test_a_worker_that_cannot_do_it_says_why(
         build_on(running.address, lane, tmp_path, silent)
     assert {
         "no database": "has no MUSE_EMBEDDING_DB_URL",
-        "other arithmetic": "would get other codes",
+        "other arithmetic": "might get other codes",
         "wrong password": "Access denied",
     }[fault] in failed.value.what
     assert failed.value.next_step
     assert CANARY not in str(failed.value)
     assert not list(tmp_path.glob("*.index"))
+
+
+def test_workers_that_read_another_database_are_found_out(
+    running: DaskCluster, table: tuple[Lane, bytes], tmp_path: Path, mariadb_url: str, small_parts: None
+) -> None:
+    """Of the same rows, so that nothing but the vectors differs: the ids and their number would pass."""
+    lane, _ = table
+    running.stop_workers()
+    with fresh_schema(mariadb_url) as url:
+        other = replace(lane, engine=lane_at(url, tmp_path).engine)
+        put_rows(other.engine, lane.spec, payloads_of(unit_vectors(ROWS, seed=7)))
+        delete_rows(other.engine, lane.spec, range(8_000, 8_500))
+        running.start_worker("elsewhere", {"MUSE_EMBEDDING_DB_URL": url})
+        wait_for_workers(running.address, 1)
+        with pytest.raises(PassingFailure, match="that the workers found changed are not, such as at idx"):
+            build_on(running.address, lane, tmp_path / "work", silent)
+        running.stop_workers()
+        other.engine.dispose()
+    assert not list((tmp_path / "work").glob("*.index"))
 
 
 def test_a_run_shows_where_its_rows_were_encoded(

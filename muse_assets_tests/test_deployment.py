@@ -166,7 +166,7 @@ def test_the_image_holds_the_whole_package(tmp_path: Path) -> None:
             copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy2
             copy(ROOT / source, tmp_path / (target if target != "./" else source))
     assert re.search(r"^USER muse$", dockerfile, re.MULTILINE)
-    assert "pip install '.[mysql]'" in dockerfile
+    assert "pip install '.[mysql,dask]'" in dockerfile
 
     # What pip does with the copied files, without the network.
     build = [sys.executable, "setup.py", "-q", "build", "-b", "built"]

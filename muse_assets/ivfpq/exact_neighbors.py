@@ -78,8 +78,12 @@ def as_near_as(distances: Floats) -> Floats:
 
 
 def lists_suffice(neighbors: Neighbors, k: int = 10) -> bool:
-    """Whether each query's k nearest rows are still known; else only reading the whole table helps."""
-    return bool((np.isinf(neighbors.horizon) | (neighbors.known() >= k)).all())
+    """Whether each query's k nearest rows are still known, and those as near as the k-th; else only reading
+    the whole table helps."""
+    known, horizon = neighbors.known() >= k, neighbors.horizon
+    # Of a full list the last row tells that there may be more as near (`probing`).
+    tied = (neighbors.ids[:, -1] >= 0) | (as_near_as(neighbors.distances[:, k - 1]) < horizon)
+    return bool((np.isinf(horizon) | (known & tied)).all())
 
 
 def no_neighbors(queries: Queries) -> Neighbors:

@@ -21,7 +21,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    durable_files.commit(durable_files.stage(path, lambda write: write(buffer.getvalue())))
+    durable_files.commit(durable_files.stage(path, lambda write: write(buffer.getbuffer())))
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, NDArray[Any]] | None:

@@ -228,8 +228,10 @@ def build_snapshot(
             if parent and not lists_suffice(filled.synced.state.neighbors):
                 # In a gap that was not asked for there may be rows: no full build without them.
                 table = read_table_state(engine, spec, midnight) if since else table
+                replaced = filled.replaced
+                discard_lists(filled.index)
                 anew = _fill(build, load_cluster(cluster.path, spec), None, table, previous)
-                filled = replace(anew, replaced=filled.replaced)
+                filled = replace(anew, replaced=replaced)
             if confirm_shrink:  # the table was emptied or restored on purpose
                 filled = replace(filled, replaced=0)
             previous_rows = previous.manifest.rows if previous else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -34,18 +35,20 @@ _LOOK_SECONDS = 5.0
 class EncodingWorkers:
     """Where parts are encoded.
 
-    executor, encode: `executor.submit(encode, part)` gives an EncodedPart. part_rows: rows a part. ahead: how
-    many parts to have under way. look_after: called now and then while nothing comes back; raises where
-    nothing will. where: for people; dashboard: where they can watch it, if anywhere.
+    executor, encode: `executor.submit(encode, part)` gives an EncodedPart. part_rows: rows a part. ahead:
+    asks how many parts to have under way. look_after: called now and then while nothing comes back, with the
+    seconds since something did; raises where it has been too long, or nothing can. where: for people;
+    dashboard: where they can watch it, if anywhere. own_database: the one they read is named to them alone.
     """
 
     executor: Executor
     encode: Callable[[Part], EncodedPart]
     part_rows: int
     ahead: Callable[[], int]
-    look_after: Callable[[], None]
+    look_after: Callable[[float], None]
     where: str
     dashboard: str | None = None
+    own_database: bool = False
 
 
 # For an engine, an index with its trained cluster, the queries, and so many rows.
@@ -67,7 +70,7 @@ def in_process(
             partial(encode_part, engine, spec, encode, queries),
             PAGE_ROWS,
             ahead=lambda: count + 1,
-            look_after=lambda: None,
+            look_after=lambda silent: None,
             where=f"{count} threads",
         )
 
@@ -78,6 +81,7 @@ def encode_parts(
     """The rows of the buckets in `digests`, part by part as they come back; `nearest` says what is near."""
     parts = plan(digests, workers.part_rows)
     under_way: set[Future[EncodedPart]] = set()
+    heard = time.monotonic()
     try:
         while True:
             free = workers.ahead() - len(under_way)
@@ -87,8 +91,10 @@ def encode_parts(
             if not under_way:
                 return
             done, under_way = wait(under_way, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
-            if not done:
-                workers.look_after()
+            if done:
+                heard = time.monotonic()
+            else:
+                workers.look_after(time.monotonic() - heard)
             for future in done:
                 yield future.result()
     finally:

@@ -36,6 +36,7 @@ PAGE_ROWS = 4096
 _RANGES_A_PAGE = 100
 # A page lost, or a bucket that moved: that page again, not the whole build.
 _PAGE_TRIES = 5
+_ASKED_AGAIN = 1000
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,31 @@ def encode_part(engine: Engine, spec: IndexSpec, encode: Encode, queries: Querie
         join_digests(fresh),
         nearest.hand_over(),
     )
+
+
+def require_same_database(
+    engine: Engine, spec: IndexSpec, digests: Digests, moved: NDArray[np.int64], newest_idx: int
+) -> None:
+    """Raise PassingFailure where buckets that another process found changed (m,) are as `digests` has them.
+
+    A thousand of them are asked for again: that process read another database, or a replica that is behind.
+    """
+    random = np.random.default_rng(len(moved))
+    asked = np.sort(random.choice(moved, min(_ASKED_AGAIN, len(moved)), replace=False))
+    now = read(
+        engine,
+        f"digesting {spec.table} for {spec.name}",
+        lambda connection: read_digests(connection, spec, _ranges(asked, newest_idx)),
+    )
+    same = np.setdiff1d(asked, changed_buckets(digests.select(asked), now))
+    if len(same):
+        raise PassingFailure(
+            f"{spec.name}: {len(same):,} of {len(asked):,} buckets of {spec.table} that the workers found "
+            f"changed are not, such as at idx {int(same[0]) * BUCKET_ROWS}: they read another database, or a "
+            "replica that is behind.",
+            next_step="correct the MUSE_EMBEDDING_DB_URL of the workers, or wait for the replica; then "
+            "launch again.",
+        )
 
 
 def _pull(

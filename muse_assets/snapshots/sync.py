@@ -21,6 +21,7 @@ from muse_assets.ivfpq.contents import Contents, list_ids, read_contents, remove
 from muse_assets.ivfpq.encoding import add_codes
 from muse_assets.ivfpq.exact_neighbors import NearestRows
 from muse_assets.snapshots.encoding_workers import Recruit, encode_parts, in_process
+from muse_assets.snapshots.parts import require_same_database
 from muse_assets.snapshots.progress import Progress, silent
 from muse_assets.snapshots.store import RowState
 from muse_assets.snapshots.table_state import TableState
@@ -105,8 +106,11 @@ def synchronize(
             fresh.append(part.digests)
             done += len(part.ids)
             on_progress("encoding", done, wanted.total_rows)
+    all_moved = np.concatenate(moved)
+    if workers.own_database:
+        require_same_database(engine, spec, table.digests, all_moved, table.newest_idx)
     sort_lists(index)
-    digests = table.digests.replaced(np.concatenate(moved), join_digests(fresh))
+    digests = table.digests.replaced(all_moved, join_digests(fresh))
     require_still_there(spec, table.digests.total_rows, digests.total_rows)
 
     now_valid = np.concatenate(valid)
