@@ -112,8 +112,8 @@ def train(
 ) -> Trained:
     """Train an IVF-PQ index, metric L2, on a random sample (n, d) float32 in random order.
 
-    Deterministic for the same sample and seed. Raises PermanentFailure when there are fewer rows than
-    lists, or none.
+    Deterministic for the same sample and seed below HNSW_FROM_NLIST lists: a graph is built by several
+    threads. Raises PermanentFailure when there are fewer rows than lists, or none.
     """
     rows, dimension = sample.shape
     if rows < max(nlist, 1):

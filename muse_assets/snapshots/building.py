@@ -21,20 +21,17 @@ from sqlalchemy import Engine
 
 from muse_assets import durable_files
 from muse_assets.catalog import IndexSpec
-from muse_assets.connections.databases import read
 from muse_assets.durable_files import Staged
-from muse_assets.embeddings.decoding import Reason, decode
-from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets, read_digests
-from muse_assets.embeddings.reading import Bounds, join_pages, rows_by_idx
+from muse_assets.embeddings.decoding import Reason
+from muse_assets.embeddings.digests import BUCKET_ROWS, changed_buckets
 from muse_assets.failures import PermanentFailure
-from muse_assets.ivfpq.coarse_error import coarse_errors
 from muse_assets.ivfpq.contents import list_ids, list_sizes, trained_fingerprint
 from muse_assets.ivfpq.duplicates import find_duplicates
 from muse_assets.ivfpq.encoding import encoder_name
 from muse_assets.ivfpq.exact_neighbors import Queries, lists_suffice
 from muse_assets.ivfpq.files import discard_lists, ntotal_field, read_index, write_index
 from muse_assets.ivfpq.probing import K, ProbeCurve, choose_nprobe, measure_probes, recall_at
-from muse_assets.ivfpq.quality import imbalance, reencoded_wrongly
+from muse_assets.ivfpq.quality import imbalance
 from muse_assets.manifest import Manifest, read_manifest, write_manifest
 from muse_assets.snapshots import gate
 from muse_assets.snapshots.cluster import SEED, Cluster, keep_queries, load_cluster
@@ -50,6 +47,7 @@ from muse_assets.snapshots.encoding_workers import Recruit, in_process
 from muse_assets.snapshots.gate import Check, GateFailed
 from muse_assets.snapshots.progress import Progress, silent
 from muse_assets.snapshots.queries import draw_queries
+from muse_assets.snapshots.rereading import Reread, read_rows, reread
 from muse_assets.snapshots.store import (
     RowState,
     Snapshot,
@@ -60,7 +58,7 @@ from muse_assets.snapshots.store import (
     sweep,
     write_state,
 )
-from muse_assets.snapshots.sync import Synced, require_plausible, require_still_there, synchronize
+from muse_assets.snapshots.sync import Synced, require_plausible, synchronize
 from muse_assets.snapshots.table_state import (
     Since,
     TableState,
@@ -69,10 +67,7 @@ from muse_assets.snapshots.table_state import (
     require_vouched_for,
 )
 
-# Rows read again from the table and encoded again: of the whole table, and of those that this build put in.
-_REREAD_ROWS, _REREAD_PUT_IN = 1_000, 500
 _COMPARED_QUERIES = 20
-_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -143,37 +138,6 @@ class _Measured:
 
     curve: ProbeCurve
     distances: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _Reread:
-    """Rows of the table, read again.
-
-    ids (n,) ascending; vectors (n, d); errors (n,): squared distance to the centroid; random (n,): which are
-    drawn from the whole table, the others are of those put in; wrong (w,): ids that encode otherwise.
-    """
-
-    ids: NDArray[np.int64]
-    vectors: NDArray[np.float32]
-    errors: NDArray[np.float32]
-    random: NDArray[np.bool_]
-    wrong: NDArray[np.int64]
-
-    def mean_error(self, among: NDArray[np.bool_]) -> float | None:
-        """Of the rows that `among` (n,) marks; None where they are too few to tell."""
-        return _mean(self.errors[among])
-
-    def foreign_share(self, among: NDArray[np.bool_], mean: NDArray[np.float32]) -> float | None:
-        """Those nearer to `mean` (d,) than to any centroid, of the marked rows; None where they are too few.
-
-        By more than rounding: where all rows are equal, mean and centroid are the row.
-        """
-        to_mean = np.square(self.vectors - mean).sum(axis=1)
-        return _mean(self.errors[among] > to_mean[among] + _ROUNDING * np.square(mean).sum())
-
-
-def _mean(values: NDArray[Any]) -> float | None:
-    return float(values.mean(dtype=np.float64)) if len(values) >= TELLING_ROWS else None
 
 
 def build_snapshot(
@@ -335,25 +299,25 @@ def _finish(build: _Build, filled: _Filled) -> Built:
             unread = gate.check_integrity((error.what,), staged.sha256, staged.size)
             raise GateFailed(spec, day, (unread,)) from error
         sizes = list_sizes(index)
-        reread = _reread(build, index, synced)
-        drift = _measure_drift(build, filled, index, measured.curve, reread)
+        again = reread(build.engine, spec, build.day, index, synced)
+        drift = _measure_drift(build, filled, index, measured.curve, again)
         duplicates = find_duplicates(index)
         different = _differences(index, filled.cluster.fingerprint, synced.state.queries, measured)
         checks = (
             gate.check_id_parity(synced.expected_ids, list_ids(index), synced.state.digests.total_rows),
             gate.check_recall(spec, measured.curve, index.nprobe),
-            gate.check_reencoding(reread.wrong, len(reread.ids)),
+            gate.check_reencoding(again.wrong, len(again.ids)),
             gate.check_balance(spec, imbalance(index), sizes),
-            _check_embedding_model(build, filled, reread),
+            _check_embedding_model(build, filled, again),
             gate.check_drift(drift),
-            gate.check_norms(np.linalg.norm(reread.vectors, axis=1)),
-            gate.check_norm_outliers(spec, norm_outliers(reread.ids, reread.vectors)),
-            gate.check_constant_dimensions(spec, constant_dimensions(reread.vectors[reread.random])),
+            gate.check_norms(np.linalg.norm(again.vectors, axis=1)),
+            gate.check_norm_outliers(spec, norm_outliers(again.ids, again.vectors)),
+            gate.check_constant_dimensions(spec, constant_dimensions(again.vectors[again.random])),
             gate.check_duplicates(spec, duplicates),
             gate.check_integrity(different, staged.sha256, staged.size),
         )
         gate.require_passed(spec, day, checks)
-        groups = confirm_duplicates(duplicates, spec.id_offset, partial(_read_rows, build))
+        groups = confirm_duplicates(duplicates, spec.id_offset, partial(read_rows, build.engine, spec))
         manifest = _manifest(build, filled, index, measured.curve, drift, staged, checks)
         write_state(build.work, spec.name, staged.sha256, synced.state)
         write_manifest(build.work, manifest)
@@ -388,19 +352,6 @@ def _built(
     )
 
 
-def _read_rows(build: _Build, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The usable rows among `ids` (n,) as the table has them now: their ids and vectors as indexed."""
-    spec = build.spec
-    page = read(
-        build.engine,
-        f"sampling {spec.table} to check {spec.name}",
-        lambda connection: join_pages(rows_by_idx(connection, spec, ids - spec.id_offset)),
-    )
-    decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
-    good = decoded.reasons == Reason.OK
-    return page.idx[good] + spec.id_offset, decoded.vectors[good]
-
-
 def _measure(spec: IndexSpec, index: Any, state: RowState) -> _Measured:
     """Measure recall by nprobe, set the nprobe that follows, and note some distances."""
     index.use_precomputed_table = 0
@@ -410,42 +361,16 @@ def _measure(spec: IndexSpec, index: Any, state: RowState) -> _Measured:
     return _Measured(curve, index.search(state.queries.vectors[:_COMPARED_QUERIES], K)[0])
 
 
-def _reread(build: _Build, index: Any, synced: Synced) -> _Reread:
-    """Read rows again, some of them of those that were put in, others every day, and encode them."""
-    spec = build.spec
-    random = np.random.default_rng(build.day.toordinal())
-    put_in = np.concatenate([synced.added_ids, synced.recoded_ids])
-    # First the same ones whatever was put in: what is measured on them does not depend on history.
-    drawn = random.choice(synced.expected_ids, min(_REREAD_ROWS, len(synced.expected_ids)), replace=False)
-    wanted = np.union1d(drawn, random.choice(put_in, min(_REREAD_PUT_IN, len(put_in)), replace=False))
-    ids, vectors = _read_rows(build, wanted)
-    # A gate that measures next to nothing passes everything, as after a TRUNCATE.
-    require_still_there(spec, len(wanted), len(ids))
-    wrong = reencoded_wrongly(index, ids, vectors)
-    if len(wrong):
-        # A writer may have changed a row after it was indexed: that is the next run's, not a fault.
-        buckets = np.unique((wrong - spec.id_offset) // BUCKET_ROWS)
-        bounds = [Bounds(int(b) * BUCKET_ROWS, int(b + 1) * BUCKET_ROWS - 1) for b in buckets]
-        now = read(
-            build.engine,
-            f"digesting {spec.table} for {spec.name}",
-            lambda connection: read_digests(connection, spec, bounds),
-        )
-        moved = changed_buckets(synced.state.digests.select(buckets), now)
-        wrong = wrong[~np.isin((wrong - spec.id_offset) // BUCKET_ROWS, moved)]
-    return _Reread(ids, vectors, coarse_errors(index, vectors), np.isin(ids, drawn), wrong)
-
-
-def _check_embedding_model(build: _Build, filled: _Filled, reread: _Reread) -> Check:
+def _check_embedding_model(build: _Build, filled: _Filled, again: Reread) -> Check:
     synced, queries = filled.synced, filled.synced.state.queries.vectors
-    put_in = np.isin(reread.ids, np.concatenate([synced.added_ids, synced.recoded_ids]))
+    put_in = np.isin(again.ids, np.concatenate([synced.added_ids, synced.recoded_ids]))
     foreign = of_table = shift = None
     if len(queries) >= TELLING_ROWS:
         center = queries.mean(axis=0)
-        foreign, of_table = (reread.foreign_share(rows, center) for rows in (put_in, reread.random))
+        foreign, of_table = (again.foreign_share(rows, center) for rows in (put_in, again.random))
         spread = float(queries.var(axis=0).sum())
         if spread and foreign is not None:
-            shift = float(np.square(reread.vectors[put_in].mean(axis=0) - center).sum()) / spread
+            shift = float(np.square(again.vectors[put_in].mean(axis=0) - center).sum()) / spread
     return gate.check_embedding_model(
         build.spec,
         rows=len(synced.expected_ids),
@@ -458,7 +383,7 @@ def _check_embedding_model(build: _Build, filled: _Filled, reread: _Reread) -> C
 
 
 def _measure_drift(
-    build: _Build, filled: _Filled, index: Any, curve: ProbeCurve, reread: _Reread
+    build: _Build, filled: _Filled, index: Any, curve: ProbeCurve, again: Reread
 ) -> Drift | None:
     """None where nobody knows what the cluster was trained on."""
     trained = filled.cluster.facts
@@ -470,7 +395,7 @@ def _measure_drift(
         curve,
         rows=len(ids),
         new_rows=int((ids > newest).sum()),
-        new_error=reread.mean_error(reread.random & (reread.ids > newest)),
+        new_error=again.mean_error(again.random & (again.ids > newest)),
         imbalance=imbalance(index),
         trained_recall=_trained_recall(filled, curve),
     )
