@@ -56,7 +56,8 @@ class CodebookStage:
 # codes against FAISS's on 256 points a centroid, worst of nprobe 4 to 64: these stages lost 0.19, 0.27 and
 # 0.28 point; 64 and then 128 points, all centroids asked anew in each stage, took as long and lost 0.47, 0.90
 # and 0.55; these with 8 candidates, 9 % faster, 0.13, 0.50 and 0.66; 256 points, 25 % slower, no less.
-# Candidates found in 64 principal components lost 4 to 9 points of coarse recall.
+# Candidates found in 64 principal components lost 4 to 9 points of coarse recall. All of one seed: another
+# moves these by up to 0.7 point.
 COARSE_STAGES = (
     CoarseStage(32, 4, 5e-3),
     CoarseStage(64, 2, 5e-3),

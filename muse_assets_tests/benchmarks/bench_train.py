@@ -29,6 +29,8 @@ _CASES: tuple[tuple[int, float, Callable[..., NDArray[np.float32]]], ...] = (
     (1024, 12, clustered),
 )
 _QUERIES, _BASE_ROWS = 4_000, 200_000
+# One training differs from the next by up to 0.8 point at equal codes, on text, by its seed alone.
+_SEEDS = (1, 2, 3)
 _PROBES = (4, 8, 16, 32, 64)
 # Recall at equal codes is read between these.
 _DENSE_PROBES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 80, 96)
@@ -43,22 +45,23 @@ def rows(scale: float) -> Iterator[Row]:
         with tempfile.TemporaryDirectory(prefix="muse_train_") as folder:
             vectors = Path(folder)
             measure(_prepare, source, count, dimension, vectors)
-            by_faiss, ours = (
-                measure(work, vectors, nlist, vectors / f"{work.__name__}.index")
-                for work in (_train_by_factory, _train)
-            )
-            theirs_found, ours_found = (
-                measure(_curve, vectors, vectors / f"{work.__name__}.index", probes).facts
-                for work, probes in ((_train_by_factory, _PROBES), (_train, _DENSE_PROBES))
-            )
-            gains = _gains(ours_found, theirs_found)
+            trained = vectors / "trained.index"
+            by_faiss = measure(_train_by_factory, vectors, nlist, trained)
+            theirs_found = measure(_curve, vectors, trained, _PROBES).facts
+            costs, found = [], []
+            for seed in _SEEDS:
+                costs.append(measure(_train, vectors, nlist, trained, seed))
+                found.append(measure(_curve, vectors, trained, _DENSE_PROBES).facts)
+            ours = sorted(costs, key=lambda cost: cost.wall)[len(costs) // 2]
+            by_seed = np.array([_gains(facts, theirs_found) for facts in found])
+            gains = by_seed.mean(axis=0)
         yield Row(
             f"train {source.__name__} {count:,} x {dimension}, nlist {nlist}, PQ{_M}",
             f"IVF{nlist},PQ{_M} on {_FACTORY_POINTS} a centroid",
             ours,
             by_faiss,
             reach,
-            note=_quality(ours_found, theirs_found, gains),
+            note=_quality(found[0], theirs_found, gains, by_seed),
             lost=-float(gains.min()),
             may_lose=_MAY_LOSE,
         )
@@ -72,10 +75,10 @@ def _prepare(source: Callable[..., NDArray[np.float32]], count: int, dimension: 
     np.save(folder / "kth.npy", faiss.knn(queries, base, _K)[0][:, -1])
 
 
-def _train(folder: Path, nlist: int, trained: Path) -> None:
+def _train(folder: Path, nlist: int, trained: Path, seed: int) -> None:
     sample = _head(folder, training_rows(nlist))
     begin()
-    faiss.write_index(train(sample, nlist=nlist, m=_M).index, str(trained))
+    faiss.write_index(train(sample, nlist=nlist, m=_M, seed=seed).index, str(trained))
 
 
 def _train_by_factory(folder: Path, nlist: int, trained: Path) -> None:
@@ -124,12 +127,13 @@ def _columns(facts: Facts, probes: tuple[int, ...]) -> tuple[NDArray[np.float64]
     return recall, codes
 
 
-def _quality(ours: Facts, theirs: Facts, gains: NDArray[np.float64]) -> str:
+def _quality(ours: Facts, theirs: Facts, gains: NDArray[np.float64], by_seed: NDArray[np.float64]) -> str:
     def listed(values: NDArray[Any], form: str) -> str:
         return "/".join(format(float(value), form) for value in values)
 
     (recall, codes), (_, their_codes) = _columns(ours, _PROBES), _columns(theirs, _PROBES)
     return (
         f"recall@10 {listed(recall, '.1f')} at nprobe {'/'.join(map(str, _PROBES))} ({listed(codes, '.0f')} "
-        f"codes); at the factory's {listed(their_codes, '.0f')} codes {listed(gains, '+.2f')} points"
+        f"codes); at the factory's {listed(their_codes, '.0f')} codes {listed(gains, '+.2f')} points, the "
+        f"mean of {len(by_seed)} seeds; the worst of each seed {listed(by_seed.min(axis=1), '+.2f')}"
     )

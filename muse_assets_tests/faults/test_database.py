@@ -3,7 +3,7 @@
 Here: connections and the server, on a real MariaDB. Not here: a replica that is behind (`test_replica.py`)
 or rows that are bad or late (`test_rows.py`).
 
-The table is spread thin over its keys, so that 2,400 rows are six pages: a page has 100 ranges at most.
+The table is spread thin over its keys, so that 2,400 rows are seven pages: a part has 2,048 rows at most, a page 100 ranges.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from muse_assets_tests.lanes import Lane, build, lane_at, temps
 from muse_assets_tests.servers import MariaDb, execute, find_binary, mariadb_server
 
 ROWS = 2400
-PAGES = 6
+PAGES = 7
 TABLE, COLUMN = "tb_embedding_clap_h", "embedding_result"
 # Of `?read_timeout=1`: five tries at a page and the 3 s between them; the rest is for a busy machine.
 BOUND = 5 * 1 + 3 + 12
