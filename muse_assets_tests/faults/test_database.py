@@ -3,7 +3,8 @@
 Here: connections and the server, on a real MariaDB. Not here: a replica that is behind (`test_replica.py`)
 or rows that are bad or late (`test_rows.py`).
 
-The table is spread thin over its keys, so that 2,400 rows are seven pages: a part has 2,048 rows at most, a page 100 ranges.
+The table is spread thin over its keys, so that 2,400 rows are seven pages: a part has 2,048 rows at most, a
+page 100 ranges.
 """
 
 from __future__ import annotations
