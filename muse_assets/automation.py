@@ -444,7 +444,7 @@ def _deploy_request(spec: IndexSpec, build: Event, cause: str, number: int = 1) 
         run_key=f"{DEPLOY}-{spec.name}-{cause}{again}",
         job_name=DEPLOY,
         asset_selection=[deployed_key(spec)],
-        run_config=deploy_config(spec, partition=build.partition),
+        run_config=asset_config(deployed_key(spec), partition=build.partition),
         tags=_build_tags(spec, cause) | {"muse/day": build.partition},
     )
 
@@ -479,14 +479,9 @@ def _refused(instance: dg.DagsterInstance, run_id: str) -> bool:
     return any(failure is not None and _value(failure.metadata, PASSING) is False for failure in failures)
 
 
-def index_config(spec: IndexSpec, **options: Any) -> dict[str, Any]:
-    """Run config of the index asset."""
-    return {"ops": {index_key(spec).to_python_identifier(): {"config": options}}}
-
-
-def deploy_config(spec: IndexSpec, **options: Any) -> dict[str, Any]:
-    """Run config of the deployed asset."""
-    return {"ops": {deployed_key(spec).to_python_identifier(): {"config": options}}}
+def asset_config(key: dg.AssetKey, **options: Any) -> dict[str, Any]:
+    """Run config of one asset."""
+    return {"ops": {key.to_python_identifier(): {"config": options}}}
 
 
 def _after_deploys(catalog: Catalog, deploy: int, *, reloads: bool) -> list[dg.RunRequest]:

@@ -191,9 +191,11 @@ class _Repairs:
 
     def _deploy(self, **options: Any) -> None:
         from muse_assets.assets.index_lane import deployed_key
-        from muse_assets.automation import DEPLOY, deploy_config
+        from muse_assets.automation import DEPLOY, asset_config
 
-        self._launch(DEPLOY, [deployed_key(self.spec)], run_config=deploy_config(self.spec, **options))
+        self._launch(
+            DEPLOY, [deployed_key(self.spec)], run_config=asset_config(deployed_key(self.spec), **options)
+        )
 
     def _launch(self, job: str, keys: Iterable[dg.AssetKey], **options: Any) -> None:
         from muse_assets.cli.launching import launch

@@ -155,7 +155,7 @@ def ui(port: int) -> None:
 
 def _deploy(name: str, **options: Any) -> None:
     from muse_assets.assets.index_lane import deployed_key
-    from muse_assets.automation import DEPLOY, deploy_config
+    from muse_assets.automation import DEPLOY, asset_config
     from muse_assets.cli import summary
     from muse_assets.cli.configuring import read_settings
     from muse_assets.cli.launching import launch, open_instance
@@ -170,7 +170,7 @@ def _deploy(name: str, **options: Any) -> None:
             instance,
             DEPLOY,
             [deployed_key(spec)],
-            run_config=deploy_config(spec, **options),
+            run_config=asset_config(deployed_key(spec), **options),
         )
     if not outcome.success:
         summary.show_failures(console, {name: outcome})
@@ -196,7 +196,7 @@ def _build_and_deploy(
     verify_all: bool,
 ) -> Outcome:
     from muse_assets.assets.index_lane import cluster_key, deployed_key, index_key
-    from muse_assets.automation import DAILY, DEPLOY, REBUILD, index_config
+    from muse_assets.automation import DAILY, DEPLOY, REBUILD, asset_config
     from muse_assets.cli.launching import Outcome, launch
     from muse_assets.publishing.pinning import read_pin
     from muse_assets.seoul_time import seoul_today
@@ -213,7 +213,7 @@ def _build_and_deploy(
         DAILY,
         [index_key(spec)],
         partition=today,
-        run_config=index_config(spec, verify_all=verify_all),
+        run_config=asset_config(index_key(spec), verify_all=verify_all),
     )
     if pinned or not built.success:
         return built

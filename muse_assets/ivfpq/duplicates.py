@@ -45,9 +45,8 @@ def find_duplicates(index: Any, *, groups: int = 5, ids: int = 4) -> Duplicates:
     order = np.argsort(keys)
     ordered = keys[order]
     del keys
-    repeats = np.zeros(
-        len(ordered) + 2, bool
-    )  # whether a row has the key of the one before; none at the ends
+    # Whether a row has the key of the one before; none at the ends.
+    repeats = np.zeros(len(ordered) + 2, bool)
     np.equal(ordered[1:], ordered[:-1], out=repeats[1 : len(ordered)])
     starts = np.flatnonzero(~repeats[:-1] & repeats[1:])
     sizes = np.flatnonzero(repeats[:-1] & ~repeats[1:]) + 1 - starts

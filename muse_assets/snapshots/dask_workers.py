@@ -204,7 +204,7 @@ class TrainedCluster(WorkerPlugin):  # type: ignore[misc]
         use_one_thread()
         with self._lock:
             if self._closed:
-                raise _another_build(self._spec.name)
+                raise _another_build(self.name)
             self._encode_part = encode_part_here = self._encode_part or self._prepared()
             self._running += 1
         try:

@@ -88,12 +88,13 @@ def synchronize(
     listed = (before.neighbors.ids - spec.id_offset) // BUCKET_ROWS
     nearest = NearestRows(before.queries, before.neighbors.without(np.isin(listed, changed)))
     wanted = table.digests.select(changed)
+    total = wanted.total_rows
     nothing = np.empty(0, np.int64)
     valid, moved, fresh = [nothing], [nothing], [empty_digests()]
     stays = ~np.isin(before.rejected_idx // BUCKET_ROWS, changed)
     rejected, reasons = [before.rejected_idx[stays]], [before.rejected_reason[stays]]
     done = 0
-    with recruit(engine, spec, index, before.queries, wanted.total_rows) as workers:
+    with recruit(engine, spec, index, before.queries, total) as workers:
         watch = f", to be watched at {workers.dashboard}" if workers.dashboard else ""
         on_progress(f"encoding on {workers.where}{watch}", 0, 0)
         for part in encode_parts(workers, wanted, table.newest_idx, nearest):
@@ -105,7 +106,7 @@ def synchronize(
             moved.append(part.moved)
             fresh.append(part.digests)
             done += len(part.ids)
-            on_progress("encoding", done, wanted.total_rows)
+            on_progress("encoding", done, total)
     all_moved = np.concatenate(moved)
     if workers.own_database:
         require_same_database(engine, spec, table.digests, all_moved, table.newest_idx)

@@ -52,7 +52,7 @@ def _of_the_day(scale: float) -> Iterator[Row]:
     size = int(_BYTES * scale)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        before, after = (_snapshot(root / "work", seed, size, day) for seed, day in enumerate(_DAYS))
+        before, after = (random_snapshot(root / "work", seed, size, day) for seed, day in enumerate(_DAYS))
         # A server directory for each deploy, since what it leaves is a new file.
         servers = [root / f"server_{number}" for number in range(_REPEATS)]
         for server in servers:
@@ -60,7 +60,7 @@ def _of_the_day(scale: float) -> Iterator[Row]:
             deploy(SPEC, *before, server)
         os.sync()
         time.sleep(_A_MINUTE)
-        costs = [in_turn(1, (_deploy, (after, server)), (_copy, (after[0], root))) for server in servers]
+        costs = [in_turn(1, (deploy_after, (after, server)), (_copy, (after[0], root))) for server in servers]
         ours, copy = (_median(list(column)) for column in zip(*costs, strict=True))
         parts = measure(_parts, after[0], root / "parts.index").facts
         note = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
@@ -69,7 +69,7 @@ def _of_the_day(scale: float) -> Iterator[Row]:
         if {file_sha256(server / SPEC.live_file) for server in servers} != {after[1].sha256}:
             raise RuntimeError("what is live is not what was deployed")
         again = (before[0], replace(before[1], partition="2026-11-23"))
-        young = _median([measure(_deploy, again, server) for server in servers])
+        young = _median([measure(deploy_after, again, server) for server in servers])
         yield Row(f"{what}, over one of this minute", "cp, fsync", young, copy, reach=None, faster=False)
 
 
@@ -77,14 +77,16 @@ def _median(costs: list[Cost]) -> Cost:
     return sorted(costs, key=lambda cost: cost.wall)[len(costs) // 2]
 
 
-def _snapshot(work: Path, seed: int, size: int, day: str) -> Snapshot:
+def random_snapshot(work: Path, seed: int, size: int, day: str) -> Snapshot:
+    """A file of `size` random bytes, and the manifest of them."""
     path, manifest = snapshot(work, seed, day)
     content = np.random.default_rng(seed).bytes(size)
     path.write_bytes(content)
     return path, replace(manifest, sha256=hashlib.sha256(content).hexdigest(), size=size)
 
 
-def _deploy(taken: Snapshot, server: Path) -> Facts:
+def deploy_after(taken: Snapshot, server: Path) -> Facts:
+    """The day's deploy."""
     begin()
     done = deploy(SPEC, *taken, server)
     if done.already_live or done.warning:
@@ -149,7 +151,7 @@ def _of_a_large_file(scale: float) -> Row:
         with _reading(server / SPEC.live_file, sources) as quiet:
             time.sleep(3)
         with _reading(server / SPEC.live_file, sources) as met:
-            ours = measure(_deploy, after, server)
+            ours = measure(deploy_after, after, server)
         with _reading(server / SPEC.live_file, sources) as beside_copy:
             copy = measure(_copy, after[0], root)
         note = (

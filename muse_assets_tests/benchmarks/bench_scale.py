@@ -8,7 +8,6 @@ CPU-seconds are this process's; the server's own are not counted. Not here: memo
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from muse_assets.sample.tables import program_tables
 from muse_assets.snapshots.building import build_snapshot
 from muse_assets.snapshots.cluster import train_cluster
 from muse_assets.snapshots.table_state import read_table_state
+from muse_assets_tests.benchmarks.bench_deploy import deploy_after, random_snapshot
 from muse_assets_tests.benchmarks.bench_playlists import append_rows, refresh, write_program
 from muse_assets_tests.benchmarks.measuring import Cost, Facts, Series, begin, in_turn, less, measure
 from muse_assets_tests.benchmarks.tables import (
@@ -37,7 +37,7 @@ from muse_assets_tests.benchmarks.tables import (
 )
 from muse_assets_tests.benchmarks.vectors import clustered
 from muse_assets_tests.server_directories import SPEC as DEPLOYED
-from muse_assets_tests.server_directories import Snapshot, snapshot
+from muse_assets_tests.server_directories import Snapshot
 from muse_assets_tests.servers import private_redis
 
 SPEC = replace(CATALOG.index("vibe"), dimension=64, m=16, recall_gate=0.1)
@@ -207,24 +207,11 @@ def _lane(folder: Path, size: int) -> _Lane:
     servers = tuple(folder / f"server_{number}" for number in range(3))
     for server in servers:
         server.mkdir(parents=True)
-    before, after = (_random_file(folder / "work", seed, size, _FIRST + seed * _A_DAY) for seed in range(2))
+    before, after = (
+        random_snapshot(folder / "work", seed, size, (_FIRST + seed * _A_DAY).isoformat())
+        for seed in range(2)
+    )
     return _Lane(before, after, servers)
-
-
-def _random_file(work: Path, seed: int, size: int, day: date) -> Snapshot:
-    path, manifest = snapshot(work, seed, day.isoformat())
-    content = np.random.default_rng(seed).bytes(size)
-    path.write_bytes(content)
-    return path, replace(manifest, sha256=hashlib.sha256(content).hexdigest(), size=size)
-
-
-def deploy_after(taken: Snapshot, server: Path) -> Facts:
-    """The day's deploy."""
-    begin()
-    done = deploy(DEPLOYED, *taken, server)
-    if done.already_live or done.warning:
-        raise RuntimeError(f"it was no ordinary deploy: {done}")
-    return {}
 
 
 # --- Playlists
