@@ -214,7 +214,10 @@ def test_short_searches_warn_and_the_advice_mends_them(installed: Installation) 
     retrained.rebuild("vibe", DAY_TWO)
     less = rows_of(retrained.cache("drp"))["vibe"]
     assert (less["nprobe"], less["nlist"]) == (min(100, nlist), nlist)
-    assert less["short"] < rows["vibe"]["short"] / 2
+    # What the advice promises, as near as so few searches tell it (two standard errors): another training
+    # sample, and so other lists, gave 2 to 5 of 62 where there had been 8 to 11.
+    error = (SHORT_SHARE * (1 - SHORT_SHARE) / int(said[2])) ** 0.5
+    assert less["short"] < min(rows["vibe"]["short"], SHORT_SHARE + 2 * error)
 
 
 def measured(installed: Installation, engine: Engine | None = None) -> searching.Measurement:

@@ -22,6 +22,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from muse_assets.catalog import Encoding
+from muse_assets.embeddings.payloads import Joined, Payload
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_READERS = {
@@ -58,7 +59,7 @@ class Decoded:
 
 
 def decode(
-    payloads: Sequence[bytes | str | None], dimension: int, encoding: Encoding, normalize: bool = False
+    payloads: Sequence[Payload], dimension: int, encoding: Encoding, normalize: bool = False
 ) -> Decoded:
     """Decode stored embeddings of `dimension` floats each; float16 and float64 are converted."""
     vectors = np.empty((len(payloads), dimension), np.float32)
@@ -83,12 +84,14 @@ class _Layout:
 
 
 def _decode_binary(
-    payloads: Sequence[bytes | str | None],
+    payloads: Sequence[Payload],
     vectors: NDArray[np.float32],
     layout_of: Callable[[bytes, int], _Layout | Reason],
 ) -> NDArray[np.uint8]:
     """Fill the rows of `vectors` (n, d) whose reasons (n,), which it returns, are OK."""
     reasons = np.zeros(len(payloads), np.uint8)
+    if isinstance(payloads, Joined) and _copy_alike(payloads, vectors, layout_of):
+        return reasons
     groups: dict[_Layout, list[int]] = {}
     header, width, rows = b"", -1, list[int]()
     for row, payload in enumerate(payloads):
@@ -108,8 +111,24 @@ def _decode_binary(
     return reasons
 
 
+def _copy_alike(
+    payloads: Joined, vectors: NDArray[np.float32], layout_of: Callable[[bytes, int], _Layout | Reason]
+) -> bool:
+    """Fill `vectors` (n, d) where all payloads are alike; else False, and nothing is done."""
+    matrix = payloads.as_matrix()
+    layout = layout_of(matrix[0].tobytes(), vectors.shape[1]) if matrix is not None else None
+    if matrix is None or not isinstance(layout, _Layout):
+        return False
+    start = len(layout.header)
+    if (matrix[:, :start] != np.frombuffer(layout.header, np.uint8)).any():
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        vectors[:] = matrix[:, start:].view(layout.dtype)
+    return True
+
+
 def _copy_block(
-    payloads: Sequence[bytes | str | None],
+    payloads: Sequence[Payload],
     rows: list[int],
     layout: _Layout,
     vectors: NDArray[np.float32],
@@ -163,7 +182,7 @@ def _holds_one_vector(shape: tuple[int, ...], dimension: int) -> bool:
     return shape in ((dimension,), (1, dimension))
 
 
-def _decode_json(payload: bytes | str | None, row: NDArray[np.float32]) -> Reason:
+def _decode_json(payload: Payload, row: NDArray[np.float32]) -> Reason:
     if payload is None:
         return Reason.NULL
     try:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
 from muse_assets.catalog import IndexSpec
+from muse_assets.embeddings.payloads import Joined, Payload
 from muse_assets.embeddings.reading import Bounds, pages, quoted
 
 # The query's cost is the scan (2 s for 200k cold rows at 16 to 8192 a bucket alike), so buckets are small:
@@ -86,11 +87,12 @@ def changed_buckets(before: Digests, after: Digests) -> NDArray[np.int64]:
     return np.setdiff1d(np.union1d(before.bucket, after.bucket), both[equal], assume_unique=True)
 
 
-def digest_rows(idx: NDArray[np.int64], payloads: Sequence[bytes | str | None]) -> Digests:
+def digest_rows(idx: NDArray[np.int64], payloads: Sequence[Payload]) -> Digests:
     """The digests of rows as pulled, equal to what the database says of the same rows."""
     if not len(idx):
         return empty_digests()
-    crcs = np.fromiter(chain.from_iterable(map(_crcs, payloads)), np.uint64, 2 * len(idx)).reshape(-1, 2)
+    stored = payloads.views() if isinstance(payloads, Joined) else payloads
+    crcs = np.fromiter(chain.from_iterable(map(_crcs, stored)), np.uint64, 2 * len(idx)).reshape(-1, 2)
     weight = ((idx & _IDX_MASK) + 1).astype(np.uint64)
     products = ((crcs * weight[:, None]) % np.uint64(_MODULUS)).astype(np.int64)
     by_row = np.stack([np.ones_like(idx), idx, products[:, 0], products[:, 1]], axis=1)
@@ -99,7 +101,7 @@ def digest_rows(idx: NDArray[np.int64], payloads: Sequence[bytes | str | None]) 
     return _from_columns(np.column_stack([bucket, np.add.reduceat(by_row[order], first, axis=0)]))
 
 
-def _crcs(payload: bytes | str | None) -> tuple[int, int]:
+def _crcs(payload: Payload | memoryview) -> tuple[int, int]:
     """CRC32 of the whole payload and of its first half; the former goes on from the latter."""
     if payload is None:
         return _CRC_OF_NULL, 0

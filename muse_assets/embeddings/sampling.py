@@ -19,9 +19,8 @@ from sqlalchemy import Engine
 
 from muse_assets.catalog import IndexSpec
 from muse_assets.connections.databases import connected, read
-from muse_assets.embeddings.decoding import Reason, decode
+from muse_assets.embeddings.decoding import Decoded, Reason, decode
 from muse_assets.embeddings.reading import (
-    Page,
     count_rows,
     every_idx,
     join_pages,
@@ -29,10 +28,11 @@ from muse_assets.embeddings.reading import (
     table_columns,
 )
 
-_KEYS_A_ROUND = 4096
+# One statement.
+_KEYS_A_ROUND = 1000
 # Below one row in this many keys, listing the keys is cheaper than guessing them.
 _SPARSE = 16
-# Looking a random row up is work of the server's: on one connection the client waited for half of it.
+# Looking a random row up is 4 us of the server's, 1.1 of the client's: a third connection gained nothing.
 _CONNECTIONS = 2
 
 
@@ -72,51 +72,67 @@ def sample_vectors(
     target = min(wanted(table_rows), table_rows)
     random = np.random.default_rng(seed)
     vectors, idx = np.empty((target, spec.dimension), np.float32), np.empty(target, np.int64)
+    # Rows come near their neighbors of the table: where each goes is drawn apart.
+    places = random.permutation(target)
     rejected: dict[str, int] = {}
     done = 0
     if every is not None:
-        keys = random.permutation(every)
+        keys, span = random.permutation(every), len(every)
     else:
-        keys = _random_keys(random, low, high, target, table_rows)
-    likely = _keys_for(target, high - low + 1, table_rows)
-    a_round = min(_KEYS_A_ROUND, likely)
-    rounds = [keys[at : at + a_round] for at in range(0, len(keys), a_round)]
-    for page in _looked_up(engine, spec, rounds, -(-likely // a_round), doing):
-        decoded = decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
-        for reason in Reason:
-            if reason and (count := int((decoded.reasons == reason).sum())):
-                rejected[reason.name.lower()] = rejected.get(reason.name.lower(), 0) + count
-        # Rows come in key order: the first of a round would be the oldest of the table.
-        usable = random.permutation(np.flatnonzero(decoded.reasons == Reason.OK))[: target - done]
-        decoded.vectors.take(usable, axis=0, out=vectors[done : done + len(usable)], mode="clip")
-        idx[done : done + len(usable)] = page.idx[usable]
-        done += len(usable)
-        on_rows(done, target)
-        if done >= target:
-            break
-    return Sample(idx[:done], vectors[:done], table_rows, rejected)
+        keys, span = _random_keys(random, low, high, target, table_rows), high - low + 1
+    with ThreadPoolExecutor(_CONNECTIONS, "sample") as pool:
+        while done < target and len(keys):
+            drawn, keys = np.split(keys, [-(-(target - done) * span // table_rows)])
+            for found, decoded in _looked_up(pool, engine, spec, _rounds(drawn, random), doing):
+                for reason in Reason:
+                    if reason and (count := int((decoded.reasons == reason).sum())):
+                        rejected[reason.name.lower()] = rejected.get(reason.name.lower(), 0) + count
+                usable = np.flatnonzero(decoded.reasons == Reason.OK)
+                if len(usable) > target - done:
+                    usable = random.permutation(usable)[: target - done]
+                at = places[done : done + len(usable)]
+                # take() and not [usable]: 0.3 us a row less where all are.
+                vectors[at], idx[at] = decoded.vectors.take(usable, axis=0), found[usable]
+                done += len(usable)
+                on_rows(done, target)
+    if done < target:
+        filled = np.sort(places[:done])
+        vectors, idx = vectors[filled], idx[filled]
+    return Sample(idx, vectors, table_rows, rejected)
+
+
+def _rounds(keys: NDArray[np.int64], random: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Keys to look up at once: near each other, for the server takes 4 us a row then and 5 if they are not;
+    in random order, for the last ones may not be needed."""
+    ascending = np.sort(keys)
+    rounds = [ascending[at : at + _KEYS_A_ROUND] for at in range(0, len(keys), _KEYS_A_ROUND)]
+    return [rounds[number] for number in random.permutation(len(rounds))]
 
 
 def _looked_up(
-    engine: Engine, spec: IndexSpec, rounds: Sequence[NDArray[np.int64]], likely: int, doing: str
-) -> Iterator[Page]:
-    """The rows of each round of keys, in order; those of the `likely` first ones ahead of being asked for."""
+    pool: ThreadPoolExecutor,
+    engine: Engine,
+    spec: IndexSpec,
+    rounds: Sequence[NDArray[np.int64]],
+    doing: str,
+) -> Iterator[tuple[NDArray[np.int64], Decoded]]:
+    """idx (n,) and vectors of each round of keys, in order; the next rounds are looked up meanwhile."""
 
-    def look_up(keys: NDArray[np.int64]) -> Page:
-        return read(engine, doing, lambda connection: join_pages(rows_by_idx(connection, spec, keys)))
+    def look_up(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], Decoded]:
+        page = read(engine, doing, lambda connection: join_pages(rows_by_idx(connection, spec, keys)))
+        return page.idx, decode(page.payloads, spec.dimension, spec.encoding, spec.normalize)
 
-    with ThreadPoolExecutor(_CONNECTIONS, "sample") as pool:
-        ahead: collections.deque[Future[Page]] = collections.deque()
-        try:
-            for number, keys in enumerate(rounds, 1):
-                ahead.append(pool.submit(look_up, keys))
-                while ahead and (len(ahead) > _CONNECTIONS or number >= likely):
-                    yield ahead.popleft().result()
-            while ahead:
+    ahead: collections.deque[Future[tuple[NDArray[np.int64], Decoded]]] = collections.deque()
+    try:
+        for keys in rounds:
+            ahead.append(pool.submit(look_up, keys))
+            if len(ahead) > _CONNECTIONS:
                 yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()
 
 
 def _keys_for(target: int, span: int, table_rows: int) -> int:

@@ -20,14 +20,15 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+
+from muse_assets.ivfpq.nearest_centroids import BLOCK_ROWS as _COMPARED_ROWS
+from muse_assets.ivfpq.nearest_centroids import Centroids, one_blas_thread
 
 # A row's code must depend on the row alone, for an incremental index to equal a full one to the byte. In
 # a matrix product it does not quite: rounding depends on the row's place, which decides near-ties (of 2,000
 # rows with 70 distinct vectors, 766 got other codes in another order). So:
 # - every call has the same shape, padded with zeros;
-# - the two nearest centroids are looked up, which costs no more than one, and where they are too close to
-#   call the list is decided in float64;
+# - where the two nearest centroids are too close to call the list is decided in float64;
 # - residuals are differences, and the fused kernel keeps a row's arithmetic to itself: at each of its
 #   dimensions equal rows had equal distances to the bit in every place of blocks of 1 to 1,032 rows;
 # - without that kernel FAISS encodes: row by row below dsub 16, from there on through BLAS, where blocks of
@@ -44,7 +45,8 @@ _ProductEncode = Callable[[NDArray[np.float32], NDArray[np.uint8]], None]
 
 def encoder_name() -> str:
     """Names the arithmetic: codes of different encoders may differ in ties, so they are never mixed."""
-    return f"faiss {faiss.__version__} {faiss.SIMDConfig.get_level_name()} {BLOCK_ROWS}/fused/{_CODES_BLOCK}"
+    level = faiss.SIMDConfig.get_level_name()
+    return f"faiss {faiss.__version__} {level} {BLOCK_ROWS}/numpy/fused/{_CODES_BLOCK}"
 
 
 def fused_dimensions() -> int:
@@ -84,7 +86,7 @@ def encoder(index: Any) -> Iterator[Encode]:
         nothing = np.empty((0, index.sa_code_size()), np.uint8)
         return np.concatenate([nothing, *(encode_block(block) for block in _blocks(vectors))])
 
-    with _settings.tuned():
+    with _settings.tuned(), one_blas_thread():
         try:
             yield encode
         finally:
@@ -97,19 +99,28 @@ def _assigner(index: Any) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
     if not isinstance(quantizer, faiss.IndexFlatL2) or index.nlist == 1:
         # HNSW computes distances one by one: no rounding that depends on the neighbors.
         return lambda vectors: np.ascontiguousarray(quantizer.search(vectors, 1)[1][:, 0])
-    centroids = quantizer.reconstruct_n(0, index.nlist).astype(np.float64)
-    norms = np.einsum("ij,ij->i", centroids, centroids)
+    centroids = quantizer.reconstruct_n(0, index.nlist)
+    compared = Centroids(centroids)
+    exact_centroids = centroids.astype(np.float64)
+    norms = np.einsum("ij,ij->i", exact_centroids, exact_centroids)
 
     # The whole matrix product: bounds from 127 of 512 principal dimensions took as long, 11 us, and left 44
     # to 88 % of the rows of three data sets undecided among the 32 nearest lists.
     def assign(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-        distances, lists = quantizer.search(vectors, 2)
-        nearest = np.ascontiguousarray(lists[:, 0])
-        scale = distances[:, 1] + np.einsum("ij,ij->i", vectors, vectors)
-        for row in np.flatnonzero(distances[:, 1] - distances[:, 0] < _TOO_CLOSE * scale):
-            exact = norms - 2 * (centroids @ vectors[row].astype(np.float64))
-            nearest[row] = np.flatnonzero(exact <= exact.min() + 1e-12 * norms.max())[0]
-        return nearest
+        lists = np.empty(len(vectors), np.int64)
+        for at in range(0, len(vectors), _COMPARED_ROWS):
+            block = vectors[at : at + _COMPARED_ROWS]
+            offsets, rows = compared.offsets(block), np.arange(len(block))
+            nearest = offsets.argmin(axis=1)
+            smallest = offsets[rows, nearest]
+            offsets[rows, nearest] = np.inf
+            second = offsets.min(axis=1)
+            scale = second + np.einsum("ij,ij->i", block, block)
+            for row in np.flatnonzero(second - smallest < _TOO_CLOSE * scale):
+                exact = norms - 2 * (exact_centroids @ block[row].astype(np.float64))
+                nearest[row] = np.flatnonzero(exact <= exact.min() + 1e-12 * norms.max())[0]
+            lists[at : at + len(block)] = nearest
+        return lists
 
     return assign
 
@@ -149,16 +160,12 @@ class _Settings:
     Below the threshold (rows x dimensions) a search does not come to the fused kernel. And after each of a
     block's 64 searches FAISS asks Python for signals, and so for the GIL: beside a thread that runs Python
     a row's product code took 39 us with that and 23 without. An interrupt waits for the block's end, 20 ms.
-
-    NumPy's BLAS starts threads whoever calls it, and they spin: beside two encoders the products of 300,000
-    rows with 128 queries took 5.6 CPU-s, on one thread 1.0.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
         self._before = (0, 0)
-        self._blas: threadpool_limits | None = None
 
     @contextlib.contextmanager
     def tuned(self) -> Iterator[None]:
@@ -173,7 +180,6 @@ class _Settings:
                 variables.distance_compute_blas_threshold = 1
                 variables.product_quantizer_compute_codes_bs = _CODES_BLOCK
                 faiss.InterruptCallback.clear_instance()
-                self._blas = threadpool_limits(1, user_api="blas")
             self._users += 1
         try:
             yield
@@ -181,8 +187,6 @@ class _Settings:
             with self._lock:
                 self._users -= 1
                 if not self._users:
-                    if self._blas:
-                        self._blas.restore_original_limits()
                     faiss.PythonInterruptCallback.reset()
                     (
                         variables.distance_compute_blas_threshold,

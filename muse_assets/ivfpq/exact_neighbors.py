@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 LISTED = 160
 # What a matrix product may be off, of the sum of both squared norms.
 _PRODUCT_ERROR = 1e-5
+# Compared at a time, so that their differences, 1 MB of 512-d, stay in the cache.
+_PAIRS = 256
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -157,8 +159,8 @@ class NearestRows:
     def _distances(self, query: Ids, row: Ids, vectors: Floats) -> Floats:
         """Each pair's squared distance, in float64: the same whatever stands beside it."""
         found = np.empty(len(query), np.float32)
-        for at in range(0, len(query), 4096):
-            part = slice(at, at + 4096)
+        for at in range(0, len(query), _PAIRS):
+            part = slice(at, at + _PAIRS)
             difference = vectors[row[part]].astype(np.float64) - self._queries.vectors[query[part]]
             found[part] = np.einsum("ij,ij->i", difference, difference)
         return found

@@ -21,9 +21,10 @@ from sqlalchemy import Engine
 
 from muse_assets.catalog import IndexSpec
 from muse_assets.embeddings.digests import Digests
+from muse_assets.embeddings.reading import page_rows
 from muse_assets.ivfpq.encoding import encoder, use_one_thread
 from muse_assets.ivfpq.exact_neighbors import NearestRows, Queries
-from muse_assets.snapshots.parts import PAGE_ROWS, EncodedPart, Part, encode_part, plan
+from muse_assets.snapshots.parts import EncodedPart, Part, encode_part, plan
 
 # PyMySQL reads under the GIL, 8 us a row, and an encoder takes 20 beside it: past a few there is nothing to
 # gain, and each holds a connection.
@@ -68,7 +69,7 @@ def in_process(
         yield EncodingWorkers(
             threads,
             partial(encode_part, engine, spec, encode, queries),
-            PAGE_ROWS,
+            page_rows(spec),
             ahead=lambda: count + 1,
             look_after=lambda silent: None,
             where=f"{count} threads",

@@ -27,13 +27,11 @@ from muse_assets.embeddings.digests import (
     join_digests,
     read_digests,
 )
-from muse_assets.embeddings.reading import Bounds, Page, freeze, read_ranges
+from muse_assets.embeddings.reading import Bounds, Page, freeze, page_rows, read_ranges
 from muse_assets.failures import PassingFailure
 from muse_assets.ivfpq.encoding import Encode
 from muse_assets.ivfpq.exact_neighbors import NearestRows, Neighbors, Queries, no_neighbors
 
-# Two threads at 4,096 held 30 MB more than at 2,048, and were no faster.
-PAGE_ROWS = 2048
 _RANGES_A_PAGE = 100
 # A page lost, or a bucket that moved: that page again, not the whole build.
 _PAGE_TRIES = 5
@@ -94,7 +92,7 @@ def encode_part(engine: Engine, spec: IndexSpec, encode: Encode, queries: Querie
     nearest = NearestRows(queries, replace(no_neighbors(queries), horizon=part.horizon))
     ids, rejected_idx, moved = ([np.empty(0, np.int64)] for _ in range(3))
     reasons, codes, fresh = [np.empty(0, np.uint8)], [encode(queries.vectors[:0])], [empty_digests()]
-    for digests in plan(part.digests, PAGE_ROWS, ranges=_RANGES_A_PAGE):
+    for digests in plan(part.digests, page_rows(spec), ranges=_RANGES_A_PAGE):
         page, page_moved, page_fresh = read(
             engine,
             f"reading {spec.table} for {spec.name}",

@@ -72,5 +72,5 @@ def _draw(url: str) -> Facts:
         "drawn": len(place),
         "shares": f"{shares.min():.1%} to {shares.max():.1%}",
         "first_half": f"{first.min():.1%} to {first.max():.1%}",
-        "sha256": hashlib.sha256(drawn.vectors.tobytes()).hexdigest(),
+        "sha256": hashlib.sha256(drawn.idx.tobytes()).hexdigest(),
     }
