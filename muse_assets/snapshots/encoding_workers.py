@@ -26,8 +26,8 @@ from muse_assets.ivfpq.encoding import encoder, use_one_thread
 from muse_assets.ivfpq.exact_neighbors import NearestRows, Queries
 from muse_assets.snapshots.parts import EncodedPart, Part, encode_part, plan
 
-# PyMySQL reads under the GIL, 8 us a row, and an encoder takes 20 beside it: past a few there is nothing to
-# gain, and each holds a connection.
+# Reading and digesting hold the GIL for some 2 us a row, and an encoder takes 16 beside it: past a few
+# there is nothing to gain, and each holds a connection.
 _MOST_THREADS = 8
 _LOOK_SECONDS = 5.0
 
