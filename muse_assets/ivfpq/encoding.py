@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from muse_assets.ivfpq.nearest_centroids import BLOCK_ROWS as _COMPARED_ROWS
 from muse_assets.ivfpq.nearest_centroids import Centroids, one_blas_thread
+from muse_assets.ivfpq.process_wide import WhileWanted
 
 # A row's code must depend on the row alone, for an incremental index to equal a full one to the byte. In
 # a matrix product it does not quite: rounding depends on the row's place, which decides near-ties (of 2,000
@@ -86,7 +87,7 @@ def encoder(index: Any) -> Iterator[Encode]:
         nothing = np.empty((0, index.sa_code_size()), np.uint8)
         return np.concatenate([nothing, *(encode_block(block) for block in _blocks(vectors))])
 
-    with _settings.tuned(), one_blas_thread():
+    with _settings.held(), one_blas_thread():
         try:
             yield encode
         finally:
@@ -154,47 +155,27 @@ def _product_encoder(pq: Any) -> _ProductEncode:
     return encode
 
 
-class _Settings:
-    """FAISS's process-wide settings as encoders need them, while there is one.
+@contextlib.contextmanager
+def _tuned() -> Iterator[None]:
+    """FAISS's process-wide settings as encoders need them.
 
     Below the threshold (rows x dimensions) a search does not come to the fused kernel. And after each of a
     block's 64 searches FAISS asks Python for signals, and so for the GIL: beside a thread that runs Python
     a row's product code took 39 us with that and 23 without. An interrupt waits for the block's end, 20 ms.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._before = (0, 0)
-
-    @contextlib.contextmanager
-    def tuned(self) -> Iterator[None]:
-        """Several encoders may be under way at once: the first one sets, the last one puts back."""
-        variables = faiss.cvar
-        with self._lock:
-            if not self._users:
-                self._before = (
-                    variables.distance_compute_blas_threshold,
-                    variables.product_quantizer_compute_codes_bs,
-                )
-                variables.distance_compute_blas_threshold = 1
-                variables.product_quantizer_compute_codes_bs = _CODES_BLOCK
-                faiss.InterruptCallback.clear_instance()
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if not self._users:
-                    faiss.PythonInterruptCallback.reset()
-                    (
-                        variables.distance_compute_blas_threshold,
-                        variables.product_quantizer_compute_codes_bs,
-                    ) = self._before
+    variables = faiss.cvar
+    before = variables.distance_compute_blas_threshold, variables.product_quantizer_compute_codes_bs
+    variables.distance_compute_blas_threshold = 1
+    variables.product_quantizer_compute_codes_bs = _CODES_BLOCK
+    faiss.InterruptCallback.clear_instance()
+    try:
+        yield
+    finally:
+        faiss.PythonInterruptCallback.reset()
+        variables.distance_compute_blas_threshold, variables.product_quantizer_compute_codes_bs = before
 
 
-_settings = _Settings()
+_settings = WhileWanted(_tuned)
 
 
 def coarse_quantizer(index: Any) -> str:

@@ -9,13 +9,15 @@ where FAISS's knows the processor both take as long.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
+
+from muse_assets.ivfpq.process_wide import WhileWanted
 
 # Rows compared at once: their distances to 1,000 centroids, 1 MB, stay in the cache.
 BLOCK_ROWS = 256
@@ -55,33 +57,10 @@ class Centroids:
         return found
 
 
-class _OneThread:
-    """Whether NumPy's BLAS is held to one thread, and by how many."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._limits: threadpool_limits | None = None
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        with self._lock:
-            if not self._users:
-                self._limits = threadpool_limits(1, user_api="blas")
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if not self._users and self._limits:
-                    self._limits.restore_original_limits()
+_one_thread = WhileWanted(partial(threadpool_limits, 1, user_api="blas"))
 
 
-_one_thread = _OneThread()
-
-
-def one_blas_thread() -> contextlib.AbstractContextManager[None]:
+def one_blas_thread() -> AbstractContextManager[None]:
     """Keep BLAS from starting threads of its own, which spin beside those that ask it; for the whole process.
 
     Beside two encoders the products of 300,000 rows with 128 queries took 5.6 CPU-s, on one thread 1.0.
