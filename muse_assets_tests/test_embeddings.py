@@ -548,6 +548,15 @@ def test_rows_come_one_by_one_where_joined_they_are_cut_off(engine: Engine) -> N
     assert dict(zip(page.idx.tolist(), page.payloads, strict=True)) == rows
 
 
+def test_a_page_of_huge_payloads_arrives(engine: Engine) -> None:
+    """24 MB: joined, more than a server sends at once."""
+    rows: dict[int, Payload] = {idx: b"%05d" % idx * 12_000 for idx in range(1, 400)}
+    put_rows(engine, SMALL, rows)
+    with connected(engine, "testing") as connection:
+        page = read_ranges(connection, SMALL, [Bounds(1, 1000)])
+    assert dict(zip(page.idx.tolist(), page.payloads, strict=True)) == rows
+
+
 @given(
     payloads=st.lists(st.sampled_from([None, GOOD, npy(VECTOR.astype("<f8")), b"", GOOD[:-1]]), max_size=9),
     order=st.randoms(use_true_random=False),

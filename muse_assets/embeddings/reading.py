@@ -30,6 +30,8 @@ from muse_assets.failures import PermanentFailure
 _ROWS_A_QUERY = 1000
 # A page's joined payloads are no more, even of float64. Servers send packets of 16 MB by default.
 _PAGE_BYTES = 9 << 20
+# What is sent beside them: idx and lengths as text, of some 2,000 rows.
+_LISTS_BYTES = 1 << 20
 _NPY_HEADER_BYTES = 128
 _DENIED_MYSQL_ERRORS = (1142, 1143)
 _AUTO_INCREMENT = re.compile(r"\bAUTO_INCREMENT=(\d+)")
@@ -238,10 +240,10 @@ def _joins_payloads(connection: Connection, spec: IndexSpec) -> bool:
         return False
     known: dict[Any, Any] = connection.info
     if _joins_payloads not in known:
-        # Past the packet's size the server cuts an answer off, whatever group_concat_max_len says.
+        # Past the packet's size the server cuts an answer off too, or refuses to send the row.
         largest = int(connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one())
-        connection.exec_driver_sql(f"SET SESSION group_concat_max_len = {largest}")
-        known[_joins_payloads] = largest > _PAGE_BYTES
+        connection.exec_driver_sql(f"SET SESSION group_concat_max_len = {_PAGE_BYTES}")
+        known[_joins_payloads] = largest >= _PAGE_BYTES + _LISTS_BYTES
     return bool(known[_joins_payloads])
 
 
