@@ -116,8 +116,10 @@ def _copy_alike(
 ) -> bool:
     """Fill `vectors` (n, d) where all payloads are alike; else False, and nothing is done."""
     matrix = payloads.as_matrix()
-    layout = layout_of(matrix[0].tobytes(), vectors.shape[1]) if matrix is not None else None
-    if matrix is None or not isinstance(layout, _Layout):
+    if matrix is None:
+        return False
+    layout = layout_of(matrix[0].tobytes(), vectors.shape[1])
+    if not isinstance(layout, _Layout):
         return False
     start = len(layout.header)
     if (matrix[:, :start] != np.frombuffer(layout.header, np.uint8)).any():

@@ -51,9 +51,9 @@ class Joined(Sequence[Payload]):
             yield None if length == NULL else whole[start : start + length]
 
     def as_matrix(self) -> NDArray[np.uint8] | None:
-        """The payloads as rows (n, w) uint8, where all are of one length; else None."""
+        """The payloads as rows (n, w) uint8, where all are of one length and fill the buffer; else None."""
         width = int(self.lengths[0]) if len(self.lengths) else 0
-        if width <= 0 or not (self.lengths == width).all():
+        if width <= 0 or len(self.buffer) != width * len(self) or not (self.lengths == width).all():
             return None
         matrix = np.frombuffer(self.buffer, np.uint8).reshape(-1, width)
         rows = self.starts // width

@@ -30,6 +30,8 @@ from muse_assets.embeddings.reading import (
 
 # One statement.
 _KEYS_A_ROUND = 1000
+# Drawn beyond those that should be enough, for rows that are unusable.
+_SPARE_KEYS = 4096
 # Below one row in this many keys, listing the keys is cheaper than guessing them.
 _SPARSE = 16
 # Looking a random row up is 4 us of the server's, 1.1 of the client's: a third connection gained nothing.
@@ -75,14 +77,17 @@ def sample_vectors(
     # Rows come near their neighbors of the table: where each goes is drawn apart.
     places = random.permutation(target)
     rejected: dict[str, int] = {}
-    done = 0
+    done, least = 0, 1
     if every is not None:
         keys, span = random.permutation(every), len(every)
     else:
         keys, span = _random_keys(random, low, high, target, table_rows), high - low + 1
     with ThreadPoolExecutor(_CONNECTIONS, "sample") as pool:
         while done < target and len(keys):
-            drawn, keys = np.split(keys, [-(-(target - done) * span // table_rows)])
+            expected = -(-(target - done) * span // table_rows)
+            drawn, keys = np.split(keys, [max(expected, least)])
+            # Where rows are unusable, what is missing yet would be drawn in ever smaller rounds.
+            least = _KEYS_A_ROUND
             for found, decoded in _looked_up(pool, engine, spec, _rounds(drawn, random), doing):
                 for reason in Reason:
                     if reason and (count := int((decoded.reasons == reason).sum())):
@@ -95,6 +100,8 @@ def sample_vectors(
                 vectors[at], idx[at] = decoded.vectors.take(usable, axis=0), found[usable]
                 done += len(usable)
                 on_rows(done, target)
+                if done >= target:
+                    break
     if done < target:
         filled = np.sort(places[:done])
         vectors, idx = vectors[filled], idx[filled]
@@ -145,7 +152,7 @@ def _random_keys(
 ) -> NDArray[np.int64]:
     """Distinct keys in random order: all there are, or several times as many as the target needs."""
     span = high - low + 1 if table_rows else 0
-    enough = _keys_for(target, span, table_rows) + _KEYS_A_ROUND
+    enough = _keys_for(target, span, table_rows) + _SPARE_KEYS
     if span <= 4 * enough:
         return low + random.permutation(span).astype(np.int64)
     keys = low + np.unique(random.integers(0, span, 2 * enough, dtype=np.int64))

@@ -77,7 +77,7 @@ def encoder(index: Any) -> Iterator[Encode]:
             padded = np.zeros((BLOCK_ROWS, index.d), np.float32)
             padded[:rows] = vectors
             vectors = padded
-        lists = assign(vectors)
+        lists = assign(vectors, rows)
         product = np.empty((BLOCK_ROWS, index.code_size), np.uint8)
         encode_product(_residuals(index, vectors, lists), product)
         numbers = lists.astype("<i8", copy=False).view(np.uint8).reshape(BLOCK_ROWS, 8)
@@ -94,12 +94,15 @@ def encoder(index: Any) -> Iterator[Encode]:
             index.pq.clear_transposed_centroids()
 
 
-def _assigner(index: Any) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
-    """A function (n, d) float32 -> list numbers (n,) int64, the same for a row wherever it stands."""
+def _assigner(index: Any) -> Callable[[NDArray[np.float32], int], NDArray[np.int64]]:
+    """A function (n, d) float32 -> list numbers (n,) int64, the same for a row wherever it stands.
+
+    Its second argument says how many rows count: those behind are padding, and get any list.
+    """
     quantizer = faiss.downcast_index(index.quantizer)
     if not isinstance(quantizer, faiss.IndexFlatL2) or index.nlist == 1:
         # HNSW computes distances one by one: no rounding that depends on the neighbors.
-        return lambda vectors: np.ascontiguousarray(quantizer.search(vectors, 1)[1][:, 0])
+        return lambda vectors, _: np.ascontiguousarray(quantizer.search(vectors, 1)[1][:, 0])
     centroids = quantizer.reconstruct_n(0, index.nlist)
     compared = Centroids(centroids)
     exact_centroids = centroids.astype(np.float64)
@@ -107,7 +110,7 @@ def _assigner(index: Any) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
 
     # The whole matrix product: bounds from 127 of 512 principal dimensions took as long, 11 us, and left 44
     # to 88 % of the rows of three data sets undecided among the 32 nearest lists.
-    def assign(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+    def assign(vectors: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         lists = np.empty(len(vectors), np.int64)
         for at in range(0, len(vectors), _COMPARED_ROWS):
             block = vectors[at : at + _COMPARED_ROWS]
@@ -117,7 +120,8 @@ def _assigner(index: Any) -> Callable[[NDArray[np.float32]], NDArray[np.int64]]:
             offsets[rows, nearest] = np.inf
             second = offsets.min(axis=1)
             scale = second + np.einsum("ij,ij->i", block, block)
-            for row in np.flatnonzero(second - smallest < _TOO_CLOSE * scale):
+            # Not of the padding: its zeros are as near to all centroids where those are of unit length.
+            for row in np.flatnonzero((second - smallest < _TOO_CLOSE * scale)[: max(count - at, 0)]):
                 exact = norms - 2 * (exact_centroids @ block[row].astype(np.float64))
                 nearest[row] = np.flatnonzero(exact <= exact.min() + 1e-12 * norms.max())[0]
             lists[at : at + len(block)] = nearest
@@ -209,7 +213,7 @@ def fill(
 ) -> int:
     """Encode and add batches of ids (n,) int64 and vectors (n, d) float32; return the rows added.
 
-    Vectors must be finite: FAISS drops a NaN row without a word. Batches are taken one ahead of the
+    Vectors must be finite: a NaN row gets any code without a word. Batches are taken one ahead of the
     encoders, so memory holds the index, the batch and a few blocks.
     """
     added = 0
