@@ -548,6 +548,19 @@ def test_rows_come_one_by_one_where_joined_they_are_cut_off(engine: Engine) -> N
     assert dict(zip(page.idx.tolist(), page.payloads, strict=True)) == rows
 
 
+def test_digests_come_one_by_one_where_joined_they_are_cut_off(engine: Engine) -> None:
+    rows: dict[int, Payload] = {idx: b"%d" % idx * 50 for idx in range(1, 400)}
+    put_rows(engine, SMALL, rows)
+    with connected(engine, "testing") as connection:
+        whole = read_digests(connection, SMALL, [Bounds(1, 1000)])
+        assert whole.total_rows == len(rows)
+        if engine.dialect.name != "sqlite":
+            for largest in (4, 100, *range(1100, 1130)):
+                connection.exec_driver_sql(f"SET SESSION group_concat_max_len = {largest}")
+                assert_equal(read_digests(connection, SMALL, [Bounds(1, 1000)]), whole)
+            assert_equal(digest_rows(np.array([*rows], np.int64), [*rows.values()]), whole)
+
+
 def test_a_page_of_huge_payloads_arrives(engine: Engine) -> None:
     """24 MB: joined, more than a server sends at once."""
     rows: dict[int, Payload] = {idx: b"%05d" % idx * 12_000 for idx in range(1, 400)}

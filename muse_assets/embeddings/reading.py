@@ -29,7 +29,7 @@ from muse_assets.failures import PermanentFailure
 
 _ROWS_A_QUERY = 1000
 # A page's joined payloads are no more, even of float64. Servers send packets of 16 MB by default.
-_PAGE_BYTES = 9 << 20
+_JOINED_BYTES = 9 << 20
 # What is sent beside them: idx and lengths as text, of some 2,000 rows.
 _LISTS_BYTES = 1 << 20
 _NPY_HEADER_BYTES = 128
@@ -207,7 +207,7 @@ def page_rows(spec: IndexSpec) -> int:
     Two threads at 4,096 rows of 512-d held 30 MB more, and were no faster.
     """
     width = 8 * spec.dimension + _NPY_HEADER_BYTES
-    return min(max(_PAGE_BYTES // width // 256, 1) * 256, 2048)
+    return min(max(_JOINED_BYTES // width // 256, 1) * 256, 2048)
 
 
 def read_ranges(connection: Connection, spec: IndexSpec, ranges: Sequence[Bounds]) -> Page:
@@ -228,24 +228,25 @@ def rows_by_idx(connection: Connection, spec: IndexSpec, idx: NDArray[np.int64])
 
 def _rows_where(connection: Connection, spec: IndexSpec, condition: str) -> Page:
     """The rows that satisfy a condition on idx, in one statement or, where its answer is cut off, two."""
-    if _joins_payloads(connection, spec) and (page := _joined_rows(connection, spec, condition)):
+    binary = spec.encoding != "json"
+    if binary and joins_values(connection) and (page := _joined_rows(connection, spec, condition)):
         return page
     table, column = quoted(connection, spec.table), quoted(connection, spec.embedding_column)
     query = f"SELECT idx, {column} FROM {table} WHERE {condition} ORDER BY idx"
     return _page(connection.exec_driver_sql(query).all())
 
 
-def _joins_payloads(connection: Connection, spec: IndexSpec) -> bool:
-    """Whether this connection may ask for joined payloads, as is found out at its first use."""
-    if connection.dialect.name not in ("mysql", "mariadb") or spec.encoding == "json":
+def joins_values(connection: Connection) -> bool:
+    """Whether this connection may ask for values joined by GROUP_CONCAT, as is found out at its first use."""
+    if connection.dialect.name not in ("mysql", "mariadb"):
         return False
     known: dict[Any, Any] = connection.info
-    if _joins_payloads not in known:
+    if joins_values not in known:
         # Past the packet's size the server cuts an answer off too, or refuses to send the row.
         largest = int(connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one())
-        connection.exec_driver_sql(f"SET SESSION group_concat_max_len = {_PAGE_BYTES}")
-        known[_joins_payloads] = largest >= _PAGE_BYTES + _LISTS_BYTES
-    return bool(known[_joins_payloads])
+        connection.exec_driver_sql(f"SET SESSION group_concat_max_len = {_JOINED_BYTES}")
+        known[joins_values] = largest >= _JOINED_BYTES + _LISTS_BYTES
+    return bool(known[joins_values])
 
 
 def _joined_rows(connection: Connection, spec: IndexSpec, condition: str) -> Page | None:
@@ -256,7 +257,7 @@ def _joined_rows(connection: Connection, spec: IndexSpec, condition: str) -> Pag
         f"GROUP_CONCAT({column} SEPARATOR '') FROM {table} WHERE {condition}"
     )
     count, idx_sum, idx_listed, lengths_listed, buffer = connection.exec_driver_sql(query).one()
-    idx, lengths = (_numbers(listed) for listed in (idx_listed, lengths_listed))
+    idx, lengths = (listed_numbers(listed) for listed in (idx_listed, lengths_listed))
     sizes = np.maximum(lengths, 0)
     if not isinstance(buffer, bytes | None) or not len(idx) == len(lengths) == count:
         return None
@@ -268,7 +269,8 @@ def _joined_rows(connection: Connection, spec: IndexSpec, condition: str) -> Pag
     return Page(idx[order], Joined(buffer or b"", starts[order], lengths[order]))
 
 
-def _numbers(listed: str | bytes | None) -> NDArray[np.int64]:
+def listed_numbers(listed: str | bytes | None) -> NDArray[np.int64]:
+    """The integers of a list as GROUP_CONCAT gives it, (n,)."""
     text_of = listed.decode("ascii") if isinstance(listed, bytes) else listed or ""
     return np.fromstring(text_of, np.int64, sep=",") if text_of else np.empty(0, np.int64)
 

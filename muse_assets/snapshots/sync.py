@@ -78,7 +78,7 @@ def synchronize(
     held = list_ids(index)
     held_buckets = (held - spec.id_offset) // BUCKET_ROWS
     # Ids that no digest vouches for: an adopted file may hold rows that are gone, or filled otherwise.
-    unproved = np.setdiff1d(held_buckets, before.digests.bucket)
+    unproved = held_buckets[~np.isin(held_buckets, before.digests.bucket)]
     changed = np.union1d(changed_buckets(before.digests, table.digests), unproved)
     of_changed = np.isin(held_buckets, changed)
     touched, kept = held[of_changed], held[~of_changed]

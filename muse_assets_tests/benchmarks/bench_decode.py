@@ -6,20 +6,23 @@ Here: npy BLOBs in memory, in pages as a build reads them. Not here: reading the
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from muse_assets.catalog import CATALOG
 from muse_assets.embeddings.decoding import Decoded, Reason, decode
+from muse_assets.embeddings.reading import page_rows
 from muse_assets_tests.benchmarks.measuring import Facts, Row, begin, in_turn
 from muse_assets_tests.benchmarks.vectors import clustered
 
 _ROWS = 500_000
-_PAGE_ROWS = 4096
 # Taken again and again: 140 to 270 MB of BLOBs, which no cache holds.
-_DISTINCT_PAGES = 16
+_DISTINCT_ROWS = 65_536
 _REPEATS = 2
 
 _Page = list[bytes | None]
@@ -79,16 +82,21 @@ def _equal_rows(page: _Page, decoded: Decoded) -> int:
 
 
 def _cycled(pages: list[_Page], rows: int) -> Iterator[_Page]:
-    for start in range(0, rows, _PAGE_ROWS):
-        yield pages[start // _PAGE_ROWS % len(pages)][: rows - start]
+    left = rows
+    for page in itertools.cycle(pages):
+        yield page[:left]
+        left -= len(page)
+        if left <= 0:
+            return
 
 
 def _pages(dimension: int, odd: bool) -> list[_Page]:
     """Pages of BLOBs; of each 100 rows 4 are NULL, cut short, float16 or of two dimensions, if `odd`."""
     pages: list[_Page] = []
-    for seed in range(_DISTINCT_PAGES):
+    count = page_rows(replace(CATALOG.index("vibe"), dimension=dimension))
+    for seed in range(_DISTINCT_ROWS // count):
         page: _Page = []
-        for row, vector in enumerate(clustered(_PAGE_ROWS, dimension, seed)):
+        for row, vector in enumerate(clustered(count, dimension, seed)):
             kind = row % 100 if odd else None
             payload = _saved(vector[None] if kind == 13 else vector.astype("<f2") if kind == 37 else vector)
             page.append(None if kind == 61 else payload[:-4] if kind == 89 else payload)
