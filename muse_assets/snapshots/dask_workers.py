@@ -17,14 +17,13 @@ import hashlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import CancelledError
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from distributed import Client, KilledWorker, Worker, WorkerPlugin, get_worker
-from distributed import Future as DaskFuture
 from distributed.client import ClosedClientError
 from distributed.comm import CommClosedError
 from sqlalchemy import Engine
@@ -72,7 +71,7 @@ def _recruit(
         try:
             _register(client, plugin, address, spec)
             yield EncodingWorkers(
-                _ClusterExecutor(client),
+                client.get_executor(pure=False),
                 partial(_encode, plugin.name, plugin.token, _software()),
                 _PART_ROWS,
                 ahead=lambda: 2 * max(1, sum(threads().values())),
@@ -91,34 +90,6 @@ def _recruit(
         finally:
             with contextlib.suppress(Exception):  # the build has its outcome, or its own error
                 client.unregister_worker_plugin(plugin.name)
-
-
-class _ClusterExecutor(Executor):
-    """A client's cluster as an executor.
-
-    Not Dask's own: where a worker ends just as its result comes in, that one takes the result for an error
-    and raises a TypeError. Here the part is done again.
-    """
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Have a worker call `fn`; cancelled parts end with the client's connection."""
-        answer: Future[Any] = Future()
-        asked: DaskFuture = self._client.submit(fn, *args, pure=False, **kwargs)
-        asked.add_done_callback(partial(_pass_on, answer))
-        return answer
-
-
-def _pass_on(answer: Future[Any], done: DaskFuture) -> None:
-    """Runs on the client's own thread; the result of a worker that is gone meanwhile is waited for again."""
-    if not answer.set_running_or_notify_cancel():
-        return
-    try:
-        answer.set_result(done.result())
-    except BaseException as error:
-        answer.set_exception(error)
 
 
 @contextlib.contextmanager
