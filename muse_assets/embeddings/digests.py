@@ -22,13 +22,7 @@ from sqlalchemy import Connection, text
 
 from muse_assets.catalog import IndexSpec
 from muse_assets.embeddings.payloads import Joined, Payload
-from muse_assets.embeddings.reading import (
-    Bounds,
-    joins_values,
-    listed_numbers,
-    pages,
-    quoted,
-)
+from muse_assets.embeddings.reading import Bounds, joins_values, listed_numbers, pages, quoted
 
 # The query's cost is the scan (2 s for 200k cold rows at 16 to 8192 a bucket alike), so buckets are small:
 # one changed row makes 16 be pulled and encoded, at 42 us a row, and a bucket took 6 us to fetch when it came

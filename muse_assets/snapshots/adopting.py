@@ -161,7 +161,7 @@ def adopt(
             proof = _prove(engine, spec, index, held, on_progress)
             _require_ids_by_idx(spec, live, proof)
             on_progress("measuring recall", 0, 0)
-            curve = _measure(index, proof.state)
+            curve = measure_probes(index, proof.state.queries, proof.state.neighbors, fixed=index.nprobe)
             _require_shape(spec, live, index, curve)
             manifest = Manifest(
                 index=spec.name,
@@ -421,13 +421,6 @@ def _require_ids_by_idx(spec: IndexSpec, live: Path, proof: _Proof) -> None:
             next_step="check that `table`, `embedding_column` and `normalize` in the catalog are what the "
             f"file was made from; else {_rebuild(spec)}.",
         )
-
-
-def _measure(index: Any, state: RowState) -> ProbeCurve:
-    """Recall of the file as it is."""
-    index.use_precomputed_table = 0
-    index.precompute_table()
-    return measure_probes(index, state.queries, state.neighbors, fixed=index.nprobe)
 
 
 def _require_shape(spec: IndexSpec, live: Path, index: Any, curve: ProbeCurve) -> None:
