@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import distributed
 import pytest
+from distributed import cfexecutor
 from sqlalchemy.engine import make_url
 
 from muse_assets.failures import PassingFailure, PermanentFailure
@@ -117,6 +120,34 @@ def test_the_parts_of_a_killed_worker_are_done_again(
     assert build_on(cluster.address, lane, tmp_path, kill) == expected
     assert killed_at
     assert killed_at[0] < ROWS - 1_000, "its parts were not under way any more"
+
+
+class Gone:
+    """A Dask future whose worker ends when its result has come in."""
+
+    status = "pending"
+
+    def __init__(self, future: distributed.Future) -> None:
+        self._future = future
+
+    def _result(self, *, raiseit: bool) -> Any:
+        return self._future._result(raiseit=raiseit)
+
+
+def test_a_part_whose_worker_ends_as_its_result_comes_in_is_done_again(
+    cluster: DaskCluster, table: tuple[Lane, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane, expected = table
+    passed_on: list[Any] = []
+    pass_on = cfexecutor._cascade_future
+
+    def of_a_worker_that_ends(future: distributed.Future, answer: Any) -> Any:
+        passed_on.append(future)
+        return pass_on(Gone(future) if len(passed_on) == 3 else future, answer)
+
+    monkeypatch.setattr(cfexecutor, "_cascade_future", of_a_worker_that_ends)
+    assert build_on(cluster.address, lane, tmp_path, silent) == expected
+    assert len(passed_on) > 3
 
 
 def test_a_cluster_that_lost_every_worker_goes_on_with_a_new_one(

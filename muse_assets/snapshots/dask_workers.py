@@ -77,6 +77,7 @@ def _recruit(
                 ahead=lambda: 2 * max(1, sum(threads().values())),
                 look_after=partial(_look_after, threads, address, spec),
                 where=f"{len(threads())} Dask workers",
+                is_lost=_is_lost,
                 dashboard=client.dashboard_link,
                 own_database=True,
             )
@@ -131,6 +132,14 @@ def _register(client: Client, plugin: TrainedCluster, address: str, spec: IndexS
             f"{spec.name}: a worker of the Dask scheduler at {address} has not this muse_assets ({error}).",
             next_step="install the same muse_assets on every worker and start them again.",
         ) from error
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Where a worker ends just as its result comes in, Dask's executor takes that result for an error.
+
+    `distributed.cfexecutor._cascade_future` unpacks it as one.
+    """
+    return isinstance(error, TypeError) and f"non-iterable {EncodedPart.__name__}" in str(error)
 
 
 def _threads(client: Client, address: str, spec: IndexSpec) -> dict[str, int]:

@@ -38,8 +38,9 @@ class EncodingWorkers:
 
     executor, encode: `executor.submit(encode, part)` gives an EncodedPart. part_rows: rows a part. ahead:
     asks how many parts to have under way. look_after: called now and then while nothing comes back, with the
-    seconds since something did; raises where it has been too long, or nothing can. where: for people;
-    dashboard: where they can watch it, if anywhere. own_database: the one they read is named to them alone.
+    seconds since something did; raises where it has been too long, or nothing can. is_lost: whether this
+    error means that the part was done, but what came of it is gone. where: for people; dashboard: where they
+    can watch it, if anywhere. own_database: the one they read is named to them alone.
     """
 
     executor: Executor
@@ -48,6 +49,7 @@ class EncodingWorkers:
     ahead: Callable[[], int]
     look_after: Callable[[float], None]
     where: str
+    is_lost: Callable[[BaseException], bool] = lambda error: False
     dashboard: str | None = None
     own_database: bool = False
 
@@ -81,23 +83,31 @@ def encode_parts(
 ) -> Iterator[EncodedPart]:
     """The rows of the buckets in `digests`, part by part as they come back; `nearest` says what is near."""
     parts = plan(digests, workers.part_rows)
-    under_way: set[Future[EncodedPart]] = set()
+    under_way: dict[Future[EncodedPart], Digests] = {}
+
+    def hand_out(part: Digests) -> None:
+        request = Part(part, newest_idx, nearest.horizon)
+        under_way[workers.executor.submit(workers.encode, request)] = part
+
     heard = time.monotonic()
     try:
         while True:
             free = workers.ahead() - len(under_way)
             for part in islice(parts, max(free, 0)):
-                request = Part(part, newest_idx, nearest.horizon)
-                under_way.add(workers.executor.submit(workers.encode, request))
+                hand_out(part)
             if not under_way:
                 return
-            done, under_way = wait(under_way, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            done, _ = wait(under_way, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
             if done:
                 heard = time.monotonic()
             else:
                 workers.look_after(time.monotonic() - heard)
             for future in done:
-                yield future.result()
+                part = under_way.pop(future)
+                if (error := future.exception()) and workers.is_lost(error):
+                    hand_out(part)
+                else:
+                    yield future.result()
     finally:
         for future in under_way:
             future.cancel()
