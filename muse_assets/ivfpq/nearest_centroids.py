@@ -1,4 +1,4 @@
-"""Which of many centroids are near a row, by NumPy's matrix product.
+"""Which of many centroids are near a row: the nearest by NumPy's matrix product, or a few by short codes.
 
 Here: comparing rows with every centroid. Not here: moving centroids (`kmeans`), or codes (`encoding`).
 
@@ -9,10 +9,12 @@ where FAISS's knows the processor both take as long.
 
 from __future__ import annotations
 
+import math
 import threading
 from contextlib import AbstractContextManager
 from functools import partial
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
@@ -21,6 +23,8 @@ from muse_assets.ivfpq.process_wide import WhileWanted
 
 # Rows compared at once: their distances to 1,000 centroids, 1 MB, stay in the cache.
 BLOCK_ROWS = 256
+_CODE_BITS = 4
+_CODED_DIMENSIONS = 8
 
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
@@ -47,13 +51,35 @@ class Centroids:
         np.subtract(self._halves, found, out=found)
         return found
 
-    def nearest(self, rows: Floats, count: int) -> Numbers:
-        """The `count` nearest of each row (n, d), (n, count) int64, in no order."""
-        found = np.empty((len(rows), count), np.int64)
-        for at in range(0, len(rows), BLOCK_ROWS):
-            block = slice(at, at + BLOCK_ROWS)
-            offsets = self.offsets(rows[block])
-            found[block] = np.argpartition(offsets, min(count, offsets.shape[1] - 1), axis=1)[:, :count]
+
+class CodedCentroids:
+    """Centroids (k, d) float32 as product codes of 4 bits, from which the few near a row are told.
+
+    For a step of k-means, which only has to look at the right ones: 98.8 to 99.8 % of rows of three sets
+    found the nearest of 1,000 among 16, and the error rose by 0.003 to 0.04 %. It took 5.3 us a row of 512-d
+    and 8 of 1024-d where the product and the 16 least of its row took 14 and 26. With codes of 16 dimensions
+    90 to 98 %, of 4 all but 0.05 %, in 7.7 us.
+
+    https://github.com/facebookresearch/faiss/wiki/Fast-accumulation-of-PQ-and-AQ-codes-(FastScan)
+    """
+
+    def __init__(self, centroids: Floats) -> None:
+        self._count, dimension = centroids.shape
+        if self._count > 1 << _CODE_BITS:
+            codes = dimension // math.gcd(dimension, _CODED_DIMENSIONS)
+            self._index = faiss.IndexPQFastScan(dimension, codes, _CODE_BITS)
+            self._index.pq.cp.min_points_per_centroid = 1  # it need not warn of few
+            self._index.train(centroids)
+            self._index.add(centroids)
+
+    def near(self, rows: Floats, count: int) -> Numbers:
+        """About the `count` nearest of each row (n, d), (n, count) int64, in no order; all of so few.
+
+        Any number of threads may ask at once, each with FAISS's own threads off.
+        """
+        if self._count <= max(count, 1 << _CODE_BITS):
+            return np.tile(np.arange(self._count), (len(rows), 1))
+        found: Numbers = self._index.search(rows, count)[1]
         return found
 
 
