@@ -68,7 +68,7 @@ def refine(rows: Floats, before: Clustered, *, steps: int, tolerance: float) -> 
     centroids = before.centroids
     one_thread_each = partial(faiss.omp_set_num_threads, 1)
     with ThreadPoolExecutor(os.cpu_count(), initializer=one_thread_each) as pool:
-        near = np.concatenate([before.near, _candidates(rows[len(before.near) :], before, pool)])
+        near = _candidates(rows, before, pool)
         distances = _distances(rows, near, centroids)
         nearest, smallest = _nearest(near, distances)
         looked_at = min(_LOOKED_AT, near.shape[1])
@@ -90,10 +90,17 @@ def refine(rows: Floats, before: Clustered, *, steps: int, tolerance: float) -> 
 
 
 def _candidates(rows: Floats, before: Clustered, pool: ThreadPoolExecutor) -> Numbers:
-    """As many of the centroids near each row (n, d) as those of `before` have, (n, c)."""
-    coded, count = CodedCentroids(before.centroids), before.near.shape[1]
-    blocks = (rows[at : at + _BLOCK_ROWS] for at in range(0, len(rows), _BLOCK_ROWS))
-    return np.concatenate([before.near[:0], *pool.map(lambda block: coded.near(block, count), blocks)])
+    """The centroids near each row (n, d), (n, c); the first rows keep those of `before`."""
+    known, count = before.near.shape
+    coded, near = CodedCentroids(before.centroids), np.empty((len(rows), count), np.int64)
+    near[:known] = before.near
+
+    def find(start: int) -> None:
+        block = slice(start, start + _BLOCK_ROWS)
+        near[block] = coded.near(rows[block], count)
+
+    list(pool.map(find, range(known, len(rows), _BLOCK_ROWS)))
+    return near
 
 
 def _distances(rows: Floats, near: Numbers, centroids: Floats) -> Floats:

