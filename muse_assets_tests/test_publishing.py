@@ -784,6 +784,7 @@ def test_a_live_file_changed_during_the_deploy_is_a_conflict(
 def staged_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """As large files are: the copy begins before the live file is hashed."""
     monkeypatch.setattr("muse_assets.publishing.deploying._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("muse_assets.durable_files._WORTH_A_THREAD", 0)
 
 
 @pytest.mark.usefixtures("staged_in_a_thread")
@@ -834,6 +835,38 @@ def test_a_disk_that_gives_back_other_bytes_is_told_from_a_damaged_snapshot(
     with pytest.raises(PassingFailure, match="reads back differently"):
         put(server, (path, manifest))
     assert contents(server) == before
+
+
+@pytest.mark.usefixtures("staged_in_a_thread")
+def test_what_was_read_beside_its_fsync_is_read_again_if_the_file_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def beside_a_rival(descriptor: int) -> None:
+        time.sleep(0.1)  # past the read
+        for temp in tmp_path.glob(".*.part"):
+            temp.write_bytes(b"other")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", beside_a_rival)
+    (tmp_path / "source").write_bytes(b"bytes")
+    staged = durable_files.stage_copy(tmp_path / "target", tmp_path / "source", expected_size=5)
+    assert staged.sha256 == durable_files.file_sha256(staged.path)
+    assert staged.path.read_bytes() == b"other"
+    with pytest.raises(PassingFailure, match="reads back differently"):
+        durable_files.stage(tmp_path / "target", durable_files.copy_into(tmp_path / "source"))
+
+
+@pytest.mark.usefixtures("staged_in_a_thread")
+def test_a_failed_fsync_beside_the_reading_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(PassingFailure, match=r"Cannot write .*target.*Input/output error"):
+        durable_files.write_text(tmp_path / "target", "bytes")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stamp_holds_until_the_file_is_written_or_another(
