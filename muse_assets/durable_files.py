@@ -14,7 +14,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +24,6 @@ _BUFFER = 1 << 17
 _BLOCK = 1 << 18  # above the buffer, so that a copied block is written as it is
 # The disk begins with a piece while the next is made: 300 MB copied and fsynced in 0.11 s, not in 0.20 s.
 _PIECE = 8 << 20
-# Of this size it takes 20 ms to hash it.
-_WORTH_A_THREAD = 32 << 20
 _TEMP_SUFFIX = ".part"
 # A write moves the mtime within a tick of the clock (4 ms; 2 s on the coarsest file systems). One through a
 # mapping does at its first change of a page after that was written back, which by the kernel's defaults is
@@ -210,7 +208,12 @@ def _stage(target: Path, produce: Callable[[Write], None], expected_size: int | 
     with _explained(temp):
         descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with _explained(temp), os.fdopen(descriptor, "wb", buffering=_BUFFER) as file:
+        with (
+            _explained(temp),
+            os.fdopen(descriptor, "wb", buffering=_BUFFER) as file,
+            ThreadPoolExecutor(1, "reading back") as thread,
+        ):
+            reading_back = _ReadingBack(temp, thread)
             if expected_size:
                 # A disk that is too small says so before the first byte is written.
                 os.posix_fallocate(descriptor, 0, expected_size)
@@ -221,7 +224,9 @@ def _stage(target: Path, produce: Callable[[Write], None], expected_size: int | 
                 file.write(block)
                 size += len(block)
                 if size - begun >= _PIECE:
+                    file.flush()
                     _begin_writeback(descriptor, begun, size)
+                    reading_back.go_on(size)
                     begun = size
 
             produce(write)
@@ -229,27 +234,49 @@ def _stage(target: Path, produce: Callable[[Write], None], expected_size: int | 
             file.truncate(size)
             # The server runs as another user, whatever this process's umask.
             os.fchmod(descriptor, 0o644)
-            return Staged(temp, target, *_synced_and_read(temp, descriptor, size))
+            written = _stamp(descriptor)
+            if begun:
+                reading_back.go_on(size)
+            os.fsync(descriptor)
+            sha256 = reading_back.sha256()
+            # A read that begins now would give the same, from the same pages, unless they were written to or
+            # are out of date, on a network file system: either shows in the stamp.
+            if not begun or not _is(temp, written):
+                sha256, written = stamped_sha256(temp)
+            return Staged(temp, target, sha256, written)
     except BaseException:
         _remove(temp)
         raise
 
 
-def _synced_and_read(path: Path, descriptor: int, size: int) -> tuple[str, Stamp]:
-    """fsync a written file, and hash what is read of it.
+class _ReadingBack:
+    """Hashes what is read of a file, in a thread of its own, while it is written and fsynced.
 
-    A large one is read while the disk is at work: 300 MB in 0.2 s less. After the fsync a read would give the
-    same, from the same pages, unless they were written to or, on a network file system, are out of date: that
-    shows in the stamp, and it is read again.
+    300 MB, beside the hash of the live file: known 0.1 s after the last byte, not 0.2 s after the fsync.
     """
-    if size < _WORTH_A_THREAD:
-        os.fsync(descriptor)
-        return stamped_sha256(path)
-    with ThreadPoolExecutor(1, "fsync") as threads:
-        synced = threads.submit(os.fsync, descriptor)
-        sha256, stamp = stamped_sha256(path)
-        synced.result()
-    return (sha256, stamp) if _is(path, stamp) else stamped_sha256(path)
+
+    def __init__(self, path: Path, thread: Executor) -> None:
+        self._path, self._thread = path, thread
+        self._digest, self._at = hashlib.sha256(), 0
+        self._under_way: list[Future[None]] = []
+
+    def go_on(self, size: int) -> None:
+        """Read what is written by now, up to `size` bytes."""
+        self._under_way.append(self._thread.submit(self._read_up_to, size))
+
+    def sha256(self) -> str:
+        """Of all that was to be read, in hex. Raises OSError."""
+        for read in self._under_way:
+            read.result()
+        return self._digest.hexdigest()
+
+    def _read_up_to(self, size: int) -> None:
+        block = memoryview(bytearray(_BLOCK))
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._at)
+            while self._at < size and (count := file.readinto(block[: size - self._at])):
+                self._digest.update(block[:count])
+                self._at += count
 
 
 def _begin_writeback(descriptor: int, start: int, end: int) -> None:

@@ -782,9 +782,9 @@ def test_a_live_file_changed_during_the_deploy_is_a_conflict(
 
 @pytest.fixture
 def staged_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large files are: the copy begins before the live file is hashed."""
+    """As large files are: the copy begins before the live file is hashed, and is read back behind it."""
     monkeypatch.setattr("muse_assets.publishing.deploying._WORTH_A_THREAD", 0)
-    monkeypatch.setattr("muse_assets.durable_files._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("muse_assets.durable_files._PIECE", 1)
 
 
 @pytest.mark.usefixtures("staged_in_a_thread")
@@ -838,7 +838,7 @@ def test_a_disk_that_gives_back_other_bytes_is_told_from_a_damaged_snapshot(
 
 
 @pytest.mark.usefixtures("staged_in_a_thread")
-def test_what_was_read_beside_its_fsync_is_read_again_if_the_file_changed(
+def test_what_was_read_back_before_its_fsync_is_read_again_if_the_file_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsync = os.fsync
@@ -859,7 +859,22 @@ def test_what_was_read_beside_its_fsync_is_read_again_if_the_file_changed(
 
 
 @pytest.mark.usefixtures("staged_in_a_thread")
-def test_a_failed_fsync_beside_the_reading_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_gives_back_other_bytes_of_a_large_file_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_bad_disk(descriptor: int, start: int, _end: int) -> None:
+        os.pwrite(descriptor, b"X", start)
+
+    monkeypatch.setattr("muse_assets.durable_files._begin_writeback", on_a_bad_disk)
+    with pytest.raises(PassingFailure, match=r"target.* reads back differently"):
+        durable_files.write_text(tmp_path / "target", "bytes")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("staged_in_a_thread")
+def test_a_failed_fsync_beside_the_reading_back_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(_descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -60,7 +60,10 @@ def _of_the_day(scale: float) -> Iterator[Row]:
             deploy(SPEC, *before, server)
         os.sync()
         time.sleep(_A_MINUTE)
-        costs = [in_turn(1, (deploy_after, (after, server)), (_copy, (after[0], root))) for server in servers]
+        costs = [
+            in_turn(1, (deploy_after, (after, server)), (_copy, (after[0], server.with_suffix(".copy"))))
+            for server in servers
+        ]
         ours, copy = (_median(list(column)) for column in zip(*costs, strict=True))
         parts = measure(_parts, after[0], root / "parts.index").facts
         note = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
@@ -87,6 +90,7 @@ def random_snapshot(work: Path, seed: int, size: int, day: str) -> Snapshot:
 
 def deploy_after(taken: Snapshot, server: Path) -> Facts:
     """The day's deploy."""
+    _free_page_cache(taken[1].size, server)
     begin()
     done = deploy(SPEC, *taken, server)
     if done.already_live or done.warning:
@@ -94,15 +98,28 @@ def deploy_after(taken: Snapshot, server: Path) -> Facts:
     return {}
 
 
-def _copy(source: Path, folder: Path) -> Facts:
-    target = folder / "copied.index"
-    target.unlink(missing_ok=True)
+def _free_page_cache(size: int, folder: Path) -> None:
+    """Leave free what the page cache of so many bytes was just using.
+
+    Where a hypervisor hands memory out by the page, 300 MB that nobody used yet add 0.5 to 0.9 s to a copy of
+    0.1; so whoever copies after another has removed a file is faster by that.
+    """
+    written = folder / "removed"
+    block = bytes(1 << 20)
+    with written.open("wb") as file:
+        for _ in range(-(-size // len(block))):
+            file.write(block)
+    written.unlink()
+
+
+def _copy(source: Path, target: Path) -> Facts:
+    _free_page_cache(source.stat().st_size, target.parent)
     begin()
     subprocess.run(["cp", source, target], check=True)
     descriptor = os.open(target, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    fsync_directory(folder)
+    fsync_directory(target.parent)
     return {}
 
 
@@ -153,7 +170,7 @@ def _of_a_large_file(scale: float) -> Row:
         with _reading(server / SPEC.live_file, sources) as met:
             ours = measure(deploy_after, after, server)
         with _reading(server / SPEC.live_file, sources) as beside_copy:
-            copy = measure(_copy, after[0], root)
+            copy = measure(_copy, after[0], root / "copied.index")
         note = (
             f"{size / 1e6 / ours.wall:,.0f} MB/s, so 7 GB in {7e9 / size * ours.wall:,.0f} s. Readers"
             f" meanwhile: {met[0].describe()}; during cp: {beside_copy[0].describe()}; of a quiet disk:"

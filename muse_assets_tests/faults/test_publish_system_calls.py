@@ -121,7 +121,7 @@ def test_a_publish_that_stages_in_a_thread_killed_at_any_moment(
 ) -> None:
     # strace counts the calls of each thread by itself, so these kills fall by the clock.
     monkeypatch.setattr("muse_assets.publishing.deploying._WORTH_A_THREAD", 0)
-    monkeypatch.setattr("muse_assets.durable_files._WORTH_A_THREAD", 0)
+    monkeypatch.setattr("muse_assets.durable_files._PIECE", 1)
     started = time.monotonic()
     bench.run(bench.fresh("undisturbed"))
     took, choose = time.monotonic() - started, random.Random(1)

@@ -373,7 +373,7 @@ def test_a_rivals_copy_over_the_live_file_during_a_deploy(
     if aged:
         monkeypatch.setattr("muse_assets.durable_files._SETTLED_SECONDS", _AGE_SECONDS)
         monkeypatch.setattr("muse_assets.publishing.deploying._WORTH_A_THREAD", 0)
-        monkeypatch.setattr("muse_assets.durable_files._WORTH_A_THREAD", 0)
+        monkeypatch.setattr("muse_assets.durable_files._PIECE", 1)
     # 20,000 rows, so that there is time to meet in.
     first, second = (snapshot(work, seed, rows=20_000) for seed in (1, 2))
     known, unknown = (snapshot(work, seed, rows=20_000) for seed in (3, 4))
