@@ -32,7 +32,9 @@ from muse_assets.failures import PassingFailure
 from muse_assets.ivfpq.encoding import Encode
 from muse_assets.ivfpq.exact_neighbors import NearestRows, Neighbors, Queries, no_neighbors
 
-_RANGES_A_PAGE = 100
+# More than single buckets that make a page: at 100, pages that were cut short left the encoder a block of
+# padding for every three, and a day of 1,000 scattered changes took 2.5 s instead of 2.35.
+_RANGES_A_PAGE = 256
 # A page lost, or a bucket that moved: that page again, not the whole build.
 _PAGE_TRIES = 5
 _ASKED_AGAIN = 1000
