@@ -29,6 +29,7 @@ from muse_assets.ivfpq.contents import (
 from muse_assets.ivfpq.encoding import BLOCK_ROWS, encode_all, encoder, fill, fused_dimensions, split_codes
 from muse_assets.ivfpq.files import describe, discard_lists, ntotal_field, read_index, write_index
 from muse_assets.ivfpq.kmeans import refine, start
+from muse_assets.ivfpq.nearest_centroids import CodedCentroids
 from muse_assets.ivfpq.quality import imbalance, reencoded_wrongly
 from muse_assets.ivfpq.training import choose_nlist, train, training_rows
 from muse_assets_tests.embedding_rows import unit_vectors
@@ -442,6 +443,29 @@ def test_training_ends_level_with_faiss() -> None:
         errors.append((coarse, np.square(decoded - unseen).sum(axis=1).mean()))
     assert errors[0][0] < 1.02 * errors[1][0]
     assert errors[0][1] < 1.02 * errors[1][1]
+
+
+@pytest.mark.parametrize(("dimension", "count"), [(7, 17), (36, 100), (64, 500)])
+def test_codes_of_centroids_tell_which_are_near(
+    dimension: int, count: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of dimensions that no code length divides too; and FAISS, which warns of few points, says nothing."""
+    rows = unit_vectors(4000, dimension=dimension)
+    centroids = refine(rows, start(rows[:count]), steps=4, tolerance=0).centroids
+    coded, rest = CodedCentroids(centroids), rows[count:]
+    near = coded.near(rest, 16)
+    assert near.shape == (len(rest), 16)
+    assert (np.diff(np.sort(near, axis=1), axis=1) > 0).all(), "a centroid is told twice"
+    assert (near >= 0).all() and (near < count).all()
+    nearest = faiss.knn(rest, centroids, 1)[1]
+    assert (near == nearest).any(axis=1).mean() > 0.97
+    np.testing.assert_array_equal(coded.near(rest[5:6], 16)[0], near[5])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_of_few_centroids_all_are_near() -> None:
+    rows = unit_vectors(20, dimension=8)
+    np.testing.assert_array_equal(CodedCentroids(rows[:10]).near(rows[10:12], 16), [range(10)] * 2)
 
 
 def test_k_means_goes_on_where_most_rows_are_equal() -> None:
