@@ -1,4 +1,4 @@
-"""k-means that compares each row with all centroids once, and from then on with those that were near it.
+"""k-means that finds the few centroids near each row once, and from then on compares it with those alone.
 
 Here: moving centroids to where the rows are. Not here: how many centroids, on which rows, or what they
 are for (`training`).
