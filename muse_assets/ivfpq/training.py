@@ -54,14 +54,15 @@ class CodebookStage:
 
 # Squared distance of unseen rows to their centroids, 1,000 lists of 512-d, means of four seeds, against
 # FAISS's training on 256 points a centroid, of text, a set without clusters and one with clusters of unequal
-# size: these stages +0.10, +0.16 and -0.69 % in 2.3 s; with stages of 32, 64, 128 and 192 points, the last as
-# short as they and with the candidates that it was left, +0.36, +0.29 and -0.26 % in 1.9 s, which was 0.1 to
-# 0.4 point of text's recall@10 at equal codes. Without the stage of 128 points +0.22, +0.23 and +0.02 % in
-# 2.0 s. Codes of 4 dimensions, FAISS's 25 steps for them, 32 candidates: no better. Of one seed: 256 points
-# in the last stage, 25 % slower, won nothing.
+# size: these stages +0.15, +0.17 and -0.98 % in 2.3 s; with a last one at 3e-3 that keeps the candidates it was
+# left, +0.36, +0.29 and -0.26 % in 1.9 s. From 64 points on, without the first stage: +0.10, +0.16 and -0.69 %,
+# but a sample of 2,000 rows then has one stage, from random rows: a quarter of them lay by no centroid. Codes
+# of 4 dimensions, FAISS's 25 steps for them, 32 candidates: no better. Of one seed: 256 points in the last
+# stage, 25 % slower, won nothing.
 COARSE_STAGES = (
-    CoarseStage(64, 4, 3e-3),
-    CoarseStage(128, 3, 3e-3),
+    CoarseStage(32, 4, 5e-3),
+    CoarseStage(64, 2, 5e-3),
+    CoarseStage(128, 2, 5e-3),
     CoarseStage(192, 4, 1e-3),
 )
 # Error of unseen rows against 16,384 x 8 and 65,536 x 5 of FAISS's own steps, which took 3.3 to 4.0 CPU-s for

@@ -4,7 +4,7 @@ Here: connections and the server, on a real MariaDB. Not here: a replica that is
 or rows that are bad or late (`test_rows.py`).
 
 The table is spread thin over its keys, so that 2,400 rows are seven pages: a part has 2,048 rows at most, a
-page 100 ranges.
+page here 100 ranges.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ BOUND = 5 * 1 + 3 + 12
 ROW_PAYLOADS = {
     64 * (row // 4) + row % 4 + 1: npy(vector) for row, vector in enumerate(unit_vectors(ROWS, seed=4))
 }
+
+
+@pytest.fixture(autouse=True)
+def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muse_assets.snapshots.parts._RANGES_A_PAGE", 100)
 
 
 @dataclass(frozen=True)
