@@ -54,9 +54,9 @@ class CodebookStage:
 
 # Squared distance of unseen rows to their centroids, 1,000 lists of 512-d, means of four seeds, against
 # FAISS's training on 256 points a centroid, of text, a set without clusters and one with clusters of unequal
-# size: these stages +0.15, +0.17 and -0.98 % in 2.3 s; with a last one at 3e-3 that keeps the candidates it was
-# left, +0.36, +0.29 and -0.26 % in 1.9 s. From 64 points on, without the first stage: +0.10, +0.16 and -0.69 %,
-# but a sample of 2,000 rows then has one stage, from random rows: a quarter of them lay by no centroid. Codes
+# size: these stages +0.15, +0.17 and -0.98 % in 2.3 s; with a last one at 3e-3 that keeps the candidates it
+# was left, +0.36, +0.29 and -0.26 % in 1.9 s. From 64 points on, without the first stage: +0.10, +0.16 and
+# -0.69 %, but 2,000 rows then have one stage, from random rows: a quarter of them lay by no centroid. Codes
 # of 4 dimensions, FAISS's 25 steps for them, 32 candidates: no better. Of one seed: 256 points in the last
 # stage, 25 % slower, won nothing.
 COARSE_STAGES = (
