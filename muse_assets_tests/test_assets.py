@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import numpy as np
 import pytest
 from sqlalchemy import text
 
 from muse_assets.assets.index_lane import deployed_key, index_key, table_key
 from muse_assets.assets.metadata import sparkline
 from muse_assets.catalog import CATALOG, IndexSpec
-from muse_assets.ivfpq.contents import list_ids, read_contents
+from muse_assets.ivfpq.contents import list_ids
 from muse_assets.ivfpq.files import read_index
 from muse_assets.resources import ProgressLog
 from muse_assets.sample import write_days
@@ -312,9 +311,7 @@ def test_days_follow_the_table(lane: Installation) -> None:
     facts = again.metadata(f"{INDEX}/index")
     ids = lane.table_ids(INDEX)
     assert facts["mode"] == "incremental"
-    assert (facts["dagster/row_count"], facts["removed"]) == (len(ids), 4)
-    # A vector near the old one may have its code: of so few rows each is a word of the codebooks.
-    assert 1 <= facts["reembedded"] == recoded(lane, DAY_ONE, DAY_TWO) <= 3
+    assert (facts["dagster/row_count"], facts["removed"], facts["reembedded"]) == (len(ids), 4, 3)
     assert facts["added"] == len(ids) - 200 + 4
     assert lane.deploy(INDEX).success
     assert live_ids(lane, INDEX) == ids
@@ -588,16 +585,6 @@ def _grow(installation: Installation) -> None:
     """Write the table's next day."""
     one_table = replace(installation.catalog, indexes=(installation.catalog.index(INDEX),))
     write_days(installation.embeddings, installation.playlists, one_table, days=1, inserts=5)
-
-
-def recoded(installation: Installation, *days: str) -> int:
-    """Rows of both days whose list or code is not the same."""
-    spec = installation.catalog.index(INDEX)
-    files = [installation.work / spec.snapshot_file(date.fromisoformat(day)) for day in days]
-    before, after = (read_contents(read_index(file)) for file in files)
-    _, was, now = np.intersect1d(before.ids, after.ids, return_indices=True)
-    different = (before.lists[was] != after.lists[now]) | (before.codes[was] != after.codes[now]).any(axis=1)
-    return int(different.sum())
 
 
 def _snapshot_files(installation: Installation) -> list[str]:
