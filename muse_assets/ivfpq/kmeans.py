@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from muse_assets.ivfpq.encoding import use_one_thread
 from muse_assets.ivfpq.nearest_centroids import CodedCentroids
 
 CANDIDATES = 16
@@ -65,8 +65,7 @@ def refine(rows: Floats, before: Clustered, *, steps: int, tolerance: float) -> 
     each.
     """
     centroids = before.centroids
-    one_thread_each = partial(faiss.omp_set_num_threads, 1)
-    with ThreadPoolExecutor(os.cpu_count(), initializer=one_thread_each) as pool:
+    with ThreadPoolExecutor(os.cpu_count(), initializer=use_one_thread) as pool:
         near = _candidates(rows, before, pool)
         distances = _distances(rows, near, centroids)
         nearest, smallest = _nearest(near, distances)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muse_assets.failures import PermanentFailure
+from muse_assets.ivfpq.encoding import use_one_thread
 from muse_assets.ivfpq.kmeans import Clustered, refine, start
 
 # FAISS warns below 39 points a centroid; a list should hold at least that many rows anyway.
@@ -200,9 +201,7 @@ def _codebooks(
 
     with (
         _blas_for_small_dimensions(),
-        ThreadPoolExecutor(
-            os.cpu_count(), "codebook", initializer=lambda: faiss.omp_set_num_threads(1)
-        ) as pool,
+        ThreadPoolExecutor(os.cpu_count(), "codebook", initializer=use_one_thread) as pool,
     ):
         return np.stack(list(pool.map(codebook, range(m))))
 
