@@ -62,9 +62,9 @@ def start(centroids: Floats) -> Clustered:
 def refine(rows: Floats, before: Clustered, *, steps: int, tolerance: float) -> Clustered:
     """Move the centroids of `before` to the means of their nearest `rows` (n, d), in at most `steps` steps.
 
-    They begin past the means and end with one to the means themselves, when a step lowered the mean squared
-    distance by less than `tolerance` of itself. `before` may have been found on the first of these rows: what
-    those are compared with stays. Memory: the rows and 200 bytes each.
+    A step goes past the means; the last, after one that lowered the mean squared distance by less than
+    `tolerance` of itself, goes to them. `before` may have been found on the first of these rows: those stay
+    compared with what they were. Memory: the rows and 200 bytes each, of few centroids 800.
     """
     centroids, count = before.centroids, len(before.centroids)
     with ThreadPoolExecutor(os.cpu_count(), initializer=use_one_thread) as pool:
