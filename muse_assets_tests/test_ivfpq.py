@@ -493,6 +493,19 @@ def test_k_means_ends_when_it_stops_paying() -> None:
     np.testing.assert_array_equal(hasty.nearest, faiss.knn(rows, hasty.centroids, 1)[1][:, 0])
 
 
+def test_k_means_of_few_centroids_is_what_sums_anew_and_all_distances_give() -> None:
+    """Its sums follow the rows that move, over many steps, to the same centroids."""
+    rows = unit_vectors(3000, dimension=16)
+    found = refine(rows, start(rows[:40]), steps=9, tolerance=0)
+    assert len(found.errors) > 5
+    wanted = rows[:40].astype(np.float64)
+    for step in range(1, len(found.errors) + 1):
+        nearest = faiss.knn(rows, wanted.astype(np.float32), 1)[1][:, 0]
+        means = np.stack([rows[nearest == number].mean(axis=0) for number in range(40)])
+        wanted += (1 if step == len(found.errors) else 2) * (means - wanted)
+    np.testing.assert_allclose(found.centroids, wanted, atol=1e-5)
+
+
 def test_the_number_of_lists_follows_the_table() -> None:
     assert choose_nlist(500_000) == 1000
     assert choose_nlist(40_000_000) == 8944
