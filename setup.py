@@ -26,6 +26,7 @@ setup(
         "pydantic-settings>=2.3",
         "tenacity>=8.2",
         "threadpoolctl>=3.1",
+        "zlib-ng>=1.0",
         "tzdata",
     ],
     extras_require={

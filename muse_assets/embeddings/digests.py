@@ -11,14 +11,13 @@ a chance of 2^-62; a change confined to one half, which no model makes, with 2^-
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, text
+from zlib_ng.zlib_ng import crc32
 
 from muse_assets.catalog import IndexSpec
 from muse_assets.embeddings.payloads import Joined, Payload
@@ -92,8 +91,8 @@ def digest_rows(idx: NDArray[np.int64], payloads: Sequence[Payload]) -> Digests:
     """The digests of rows as pulled, equal to what the database says of the same rows."""
     if not len(idx):
         return empty_digests()
-    stored = payloads.views() if isinstance(payloads, Joined) else payloads
-    crcs = np.fromiter(chain.from_iterable(map(_crcs, stored)), np.uint64, 2 * len(idx)).reshape(-1, 2)
+    found = _joined_crcs(payloads) if isinstance(payloads, Joined) else _listed_crcs(payloads)
+    crcs = np.fromiter(found, np.uint64, 2 * len(idx)).reshape(-1, 2)
     weight = ((idx & _IDX_MASK) + 1).astype(np.uint64)
     products = ((crcs * weight[:, None]) % np.uint64(_MODULUS)).astype(np.int64)
     by_row = np.stack([np.ones_like(idx), idx, products[:, 0], products[:, 1]], axis=1)
@@ -102,14 +101,30 @@ def digest_rows(idx: NDArray[np.int64], payloads: Sequence[Payload]) -> Digests:
     return _from_columns(np.column_stack([bucket, np.add.reduceat(by_row[order], first, axis=0)]))
 
 
-def _crcs(payload: Payload | memoryview) -> tuple[int, int]:
-    """CRC32 of the whole payload and of its first half; the former goes on from the latter."""
-    if payload is None:
-        return _CRC_OF_NULL, 0
-    raw = memoryview(payload.encode("utf-8") if isinstance(payload, str) else payload)
-    middle = len(raw) // 2
-    half = zlib.crc32(raw[:middle])
-    return zlib.crc32(raw[middle:], half), half
+def _listed_crcs(payloads: Iterable[Payload]) -> Iterator[int]:
+    """CRC32 of each whole payload, then of its first half; the former goes on from the latter."""
+    for payload in payloads:
+        if payload is None:
+            yield from (_CRC_OF_NULL, 0)
+            continue
+        raw = memoryview(payload.encode("utf-8") if isinstance(payload, str) else payload)
+        middle = len(raw) // 2
+        half = crc32(raw[:middle])
+        yield crc32(raw[middle:], half)
+        yield half
+
+
+def _joined_crcs(payloads: Joined) -> Iterator[int]:
+    """The same without taking the payloads apart: 0.5 us a row of 2 KB; 1.5 as a list, by zlib."""
+    whole = memoryview(payloads.buffer)
+    middles, ends = payloads.starts + payloads.lengths // 2, payloads.starts + payloads.lengths
+    for start, middle, end in zip(payloads.starts.tolist(), middles.tolist(), ends.tolist(), strict=True):
+        if end < start:  # NULL
+            yield from (_CRC_OF_NULL, 0)
+            continue
+        half = crc32(whole[start:middle])
+        yield crc32(whole[middle:end], half)
+        yield half
 
 
 def read_digests(connection: Connection, spec: IndexSpec, bounds: Sequence[Bounds]) -> Digests:

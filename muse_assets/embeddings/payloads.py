@@ -44,12 +44,6 @@ class Joined(Sequence[Payload]):
     def _at(self, start: int, length: int) -> Payload:
         return None if length == NULL else self.buffer[start : start + length]
 
-    def views(self) -> Iterator[memoryview | None]:
-        """The payloads without copying them."""
-        whole = memoryview(self.buffer)
-        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
-            yield None if length == NULL else whole[start : start + length]
-
     def as_matrix(self) -> NDArray[np.uint8] | None:
         """The payloads as rows (n, w) uint8, where all are of one length and fill the buffer; else None."""
         width = int(self.lengths[0]) if len(self.lengths) else 0

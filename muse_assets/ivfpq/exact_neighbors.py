@@ -106,6 +106,7 @@ class NearestRows:
 
     def __init__(self, queries: Queries, start: Neighbors) -> None:
         self._queries = queries
+        self._columns = np.ascontiguousarray(queries.vectors.T)
         self._norms = np.einsum("ij,ij->i", queries.vectors, queries.vectors)
         self._lists = start
         self._pending: list[tuple[Ids, Ids, Floats]] = []
@@ -127,20 +128,20 @@ class NearestRows:
         """Compare rows of ids (n,), none of them listed, and vectors (n, d) with every query."""
         if not len(ids) or not len(self._queries.ids):
             return
-        # |q - x|^2 <= horizon as q.x - |x|^2 / 2 >= (|q|^2 - horizon) / 2: two passes over the matrix.
-        closeness = self._queries.vectors @ vectors.T
+        # |q - x|^2 <= horizon as x.q - |x|^2 / 2 >= (|q|^2 - horizon) / 2: two passes over the matrix.
+        closeness = vectors @ self._columns
         norms = np.einsum("ij,ij->i", vectors, vectors)
-        closeness -= ((1 - _PRODUCT_ERROR) / 2) * norms
+        closeness -= (((1 - _PRODUCT_ERROR) / 2) * norms)[:, None]
         needed = ((1 - _PRODUCT_ERROR) * self._norms - self._lists.horizon) / 2
-        near = closeness >= needed[:, None]
+        near = closeness >= needed
         # The query's own row, and one more, so that the lists are seen to be cut.
         enough = LISTED + 2
         if len(ids) > enough and near.sum() > near.size // 2:
             # Lists that are not full yet let every row in: the batch's own nearest will do.
             slack = _PRODUCT_ERROR * (self._norms + norms.max())
-            last = np.partition(closeness, -enough, axis=1)[:, -enough]
-            near &= closeness >= (last - slack)[:, None]
-        query, row = np.divmod(np.flatnonzero(near), len(ids))
+            last = np.partition(closeness, -enough, axis=0)[-enough]
+            near &= closeness >= last - slack
+        row, query = np.divmod(np.flatnonzero(near), len(needed))
         others = self._queries.ids[query] != ids[row]
         query, row = query[others], row[others]
         self._wait(query, ids[row], self._distances(query, row, vectors))
