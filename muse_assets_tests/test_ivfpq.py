@@ -451,7 +451,7 @@ def test_codes_of_centroids_tell_which_are_near(
 ) -> None:
     """Of dimensions that no code length divides too; and FAISS, which warns of few points, says nothing."""
     rows = unit_vectors(4000, dimension=dimension)
-    centroids = refine(rows, start(rows[:count]), steps=4, tolerance=0).centroids
+    centroids = refine(rows, start(rows[:count], 8), steps=4, tolerance=0).centroids
     coded, rest = CodedCentroids(centroids), rows[count:]
     near = coded.near(rest, 16)
     assert near.shape == (len(rest), 16)
@@ -473,7 +473,7 @@ def test_k_means_goes_on_where_most_rows_are_equal() -> None:
     random = np.random.default_rng(1)
     rows = unit_vectors(400, dimension=16)
     rows = np.concatenate([np.repeat(rows[:1], 3600, axis=0), rows])[random.permutation(4000)]
-    found = start(rows[:64])
+    found = start(rows[:64], 8)
     for part in (1000, 2000, 4000):
         found = refine(rows[:part], found, steps=20, tolerance=0)
     assert found.centroids.shape == (64, 16)
@@ -486,7 +486,7 @@ def test_k_means_goes_on_where_most_rows_are_equal() -> None:
 def test_k_means_ends_when_it_stops_paying() -> None:
     rows = unit_vectors(4000, dimension=16)
     patient, hasty = (
-        refine(rows, start(rows[:32]), steps=30, tolerance=tolerance) for tolerance in (0, 0.05)
+        refine(rows, start(rows[:32], 8), steps=30, tolerance=tolerance) for tolerance in (0, 0.05)
     )
     assert len(hasty.errors) < len(patient.errors)
     assert list(patient.errors[:-1]) == sorted(patient.errors[:-1], reverse=True)
@@ -496,7 +496,7 @@ def test_k_means_ends_when_it_stops_paying() -> None:
 def test_k_means_of_few_centroids_is_what_sums_anew_and_all_distances_give() -> None:
     """Its sums follow the rows that move, over many steps, to the same centroids."""
     rows = unit_vectors(3000, dimension=16)
-    found = refine(rows, start(rows[:40]), steps=9, tolerance=0)
+    found = refine(rows, start(rows[:40], 8), steps=9, tolerance=0)
     assert len(found.errors) > 5
     wanted = rows[:40].astype(np.float64)
     for step in range(1, len(found.errors) + 1):
