@@ -9,7 +9,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.lib import format as npy_format
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, text
 
 from muse_assets.connections.databases import connected, engine_for
 from muse_assets.embeddings.decoding import Decoded, Reason, decode
@@ -680,6 +680,16 @@ def test_one_stray_row_far_away_costs_nothing(engine: Engine) -> None:
     assert len(set(drawn.vectors[:, 0])) == 100
     assert drawn.vectors[:, 0].min() < 100
     assert drawn.vectors[:, 0].max() > 400
+
+
+def test_a_sample_of_a_sparse_table_does_not_follow_the_key_it_was_listed_by(engine: Engine) -> None:
+    """A server lists keys by the smallest index it has, and an operator may add one."""
+    put_rows(engine, NUMBERED, numbered(range(1, 20_000, 40)), NOON + timedelta(days=1))
+    put_rows(engine, NUMBERED, numbered(range(20_001, 40_000, 40)), NOON)
+    before = sample(engine, 100)
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE INDEX by_day ON {NUMBERED.table} (created_at)"))
+    np.testing.assert_array_equal(sample(engine, 100).idx, before.idx)
 
 
 def test_rejected_rows_are_counted_and_made_up_for(engine: Engine) -> None:
