@@ -28,8 +28,8 @@ from muse_assets.embeddings.reading import (
     table_columns,
 )
 
-# One statement.
-_KEYS_A_ROUND = 1000
+# One statement. With 1,000 a sample of 98,304 rows took 0.51 s, with 2,000 0.47, with 4,000 0.51.
+_KEYS_A_ROUND = 2000
 # Drawn beyond those that should be enough, for rows that are unusable.
 _SPARE_KEYS = 4096
 # Below one row in this many keys, listing the keys is cheaper than guessing them.
