@@ -32,7 +32,7 @@ def rows(scale: float) -> Iterator[Row]:
     total = int(_ROWS * scale)
     with private_database() as url:
         write_embeddings(url, SPEC, _blocks(total))
-        whole, drawn = in_turn(2, (_read_all, (url,)), (_draw, (url,)))
+        whole, drawn = in_turn(3, (_read_all, (url,)), (_draw, (url,)))
         hashes = {measure(_hash, url).facts["sha256"] for _ in range(2)}
     facts = drawn.facts
     yield Row(
