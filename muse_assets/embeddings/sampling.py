@@ -21,6 +21,7 @@ from muse_assets.catalog import IndexSpec
 from muse_assets.connections.databases import connected, read
 from muse_assets.embeddings.decoding import Decoded, Reason, decode
 from muse_assets.embeddings.reading import (
+    KEYS_A_QUERY,
     count_rows,
     every_idx,
     join_pages,
@@ -28,9 +29,6 @@ from muse_assets.embeddings.reading import (
     table_columns,
 )
 
-# One statement. With 1,000 98,304 rows of 1M took 0.66 s in a new process, with 2,000 0.58; in one that had
-# drawn before 0.51 and 0.47, with 4,000 0.51.
-_KEYS_A_ROUND = 2000
 # Drawn beyond those that should be enough, for rows that are unusable.
 _SPARE_KEYS = 4096
 # Below one row in this many keys, listing the keys is cheaper than guessing them.
@@ -89,7 +87,7 @@ def sample_vectors(
             expected = -(-(target - done) * span // table_rows)
             drawn, keys = np.split(keys, [max(expected, least)])
             # Where rows are unusable, what is missing yet would be drawn in ever smaller rounds.
-            least = _KEYS_A_ROUND
+            least = KEYS_A_QUERY
             for found, decoded in _looked_up(pool, engine, spec, _rounds(drawn, random), doing):
                 for reason in Reason:
                     if reason and (count := int((decoded.reasons == reason).sum())):
@@ -115,7 +113,7 @@ def _rounds(keys: NDArray[np.int64], random: np.random.Generator) -> list[NDArra
     """Keys to look up at once: near each other, for the server takes 4 us a row then and 5 if they are not;
     in random order, for the last ones may not be needed."""
     ascending = np.sort(keys)
-    rounds = [ascending[at : at + _KEYS_A_ROUND] for at in range(0, len(keys), _KEYS_A_ROUND)]
+    rounds = [ascending[at : at + KEYS_A_QUERY] for at in range(0, len(keys), KEYS_A_QUERY)]
     return [rounds[number] for number in random.permutation(len(rounds))]
 
 

@@ -98,7 +98,7 @@ def _near(rows: Floats, before: Clustered, pool: ThreadPoolExecutor) -> Numbers:
 
     def find(start: int) -> None:
         block = slice(start, start + _BLOCK_ROWS)
-        found = coded.near(rows[block], min(_CANDIDATES_PER_KEPT * kept, len(before.centroids)))
+        found = coded.near(rows[block], _CANDIDATES_PER_KEPT * kept)
         order = np.argsort(_distances(rows[block], found, before.centroids), axis=1)
         near[block] = np.take_along_axis(found, order[:, :kept], 1)
 
